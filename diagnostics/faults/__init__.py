@@ -1,0 +1,1 @@
+"""Faults injected on purpose, below every sensor; no detector may import this."""

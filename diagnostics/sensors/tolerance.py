@@ -1,0 +1,106 @@
+"""The rounding model: how far a clean product may stray from its checksum, as data with its provenance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+# 2.6e-12 a row if rounding noise were Gaussian (sensors.md): 300 checks of 1,024 rows a step leave one false alarm in
+# a million steps.
+Z = 7.0
+
+# A sensor may be widened after a false alarm, but never beyond this many times the shipped value: past it a fault
+# would hide, and the sensor is broken rather than tight.
+WIDEST = 4.0
+
+# Sums of n terms in vector lanes stray by sqrt(n / lanes). kappa_accumulate is measured at short sums and grows from
+# here: 64 is AVX-512's 16 fp32 lanes times the 4 accumulators that BLAS kernels keep.
+LANE_TERMS = 64
+
+# Norms are clamped here: squares of smaller fp32 values underflow, and a norm that lost its terms would be a
+# tolerance of zero. Anything so small is inert (AdamW's eps is 1e-8).
+NORM_FLOOR = 1e-18
+
+
+@dataclass(frozen=True, slots=True)
+class Kappa:
+    """Relative rounding noise of one kind of product; both are standard deviations, dimensionless.
+
+    output: of rounding each element to the output type, relative to ||C_row||.
+    accumulate: of the fp32 sums, relative to ||A_row|| ||W||_F, for sums of up to LANE_TERMS terms.
+    """
+
+    output: float
+    accumulate: float
+    provenance: str
+
+    def accumulate_at(self, terms: int) -> float:
+        """`accumulate` for sums of `terms` terms (the longer of the product's inner and outer dimension)."""
+        return self.accumulate * float((1 + terms / LANE_TERMS) ** 0.5)
+
+
+class UnknownTolerance(LookupError):
+    """No kappa for this device class, dtype and kernel: calibrate, or leave the operation unchecked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToleranceTable:
+    """Kappas by (device class, dtype, kernel), e.g. ("cpu", "bfloat16", "mm")."""
+
+    entries: dict[tuple[str, str, str], Kappa]
+
+    def kappa(self, device_class: str, dtype: str, kernel: str = "mm") -> Kappa:
+        """Look one up. Raises UnknownTolerance."""
+        found = self.entries.get((device_class, dtype, kernel))
+        if found is None:
+            raise UnknownTolerance(f"no tolerance for {kernel} in {dtype} on {device_class}: calibrate it first")
+        return found
+
+
+def parse_table(text: str) -> ToleranceTable:
+    """Read the table from JSON. Raises ValueError, naming the entry, when a kappa is not a positive finite number."""
+    entries: dict[tuple[str, str, str], Kappa] = {}
+    for row in json.loads(text)["kappas"]:
+        key = (str(row["device_class"]), str(row["dtype"]), str(row["kernel"]))
+        kappa = Kappa(float(row["output"]), float(row["accumulate"]), str(row["provenance"]))
+        if not (0 <= kappa.output < 1 and 0 < kappa.accumulate < 1):
+            raise ValueError(f"tolerance {key}: kappas {kappa.output}, {kappa.accumulate} are not in 0..1")
+        if key in entries:
+            raise ValueError(f"tolerance {key} is given twice")
+        entries[key] = kappa
+    return ToleranceTable(entries)
+
+
+def shipped_table() -> ToleranceTable:
+    """The table that ships with the package."""
+    return parse_table(resources.files("diagnostics.sensors").joinpath("tolerances.json").read_text("utf-8"))
+
+
+class Widening:
+    """How far each (sensor, pass) stands from the shipped tolerance; starts at `scale` and only ever grows to WIDEST.
+
+    Invariant: scale <= factor <= max(scale, WIDEST).
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"tolerance scale is {scale}, must be a positive finite number")
+        self._scale = scale
+        self._factors: dict[tuple[str, str], float] = {}
+        self.count = 0  # widenings so far: recalibration is counted, never silent
+
+    def factor(self, sensor: str, pass_: str) -> float:
+        """What the shipped tolerance is multiplied by."""
+        return self._factors.get((sensor, pass_), self._scale)
+
+    def widen(self, sensor: str, pass_: str, reading: float) -> bool:
+        """Make room for twice `reading`; True if the factor changed. A reading that is not finite widens nothing."""
+        before = self.factor(sensor, pass_)
+        wanted = 2.0 * reading * before
+        if not wanted < float("inf"):
+            return False
+        after = max(before, min(wanted, WIDEST))
+        self._factors[(sensor, pass_)] = after
+        self.count += after > before
+        return after > before

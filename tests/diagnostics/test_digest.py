@@ -1,0 +1,133 @@
+"""The hash: it shards, it is the same on bytes and tensors, and it sees the structured faults that XOR folds miss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diagnostics.sensors.digest import chain, digest, digest_bytes, hexdigest, words_of
+from diagnostics.sensors.multilinear import BLOCK_WORDS, block_multiplier, weight_table
+
+MASK = (1 << 64) - 1
+TRIALS = 3000
+LANES = 32
+
+
+def naive(data: bytes, start: int = 0) -> int:
+    """The formula, word by word."""
+    data = data + b"\0" * (-len(data) % 4)
+    table = weight_table()
+    total = 0
+    for i in range(len(data) // 4):
+        block, offset = divmod(start + i, BLOCK_WORDS)
+        total += (
+            int.from_bytes(data[4 * i : 4 * i + 4], "little", signed=True)
+            * int(table[offset])
+            * block_multiplier(block)
+        )
+    return total & MASK
+
+
+@given(st.binary(max_size=200), st.integers(0, 3 * BLOCK_WORDS))
+def test_digest_is_the_formula(data: bytes, start: int) -> None:
+    assert digest_bytes(data, start) == naive(data, start)
+    assert digest(torch.tensor(list(data), dtype=torch.uint8), start) == naive(data, start)
+
+
+@given(st.integers(1, 3 * BLOCK_WORDS), st.integers(0, 3 * BLOCK_WORDS), st.integers(0, 2**31))
+def test_segments_sum_to_the_whole(length: int, cut: int, seed: int) -> None:
+    cut = min(cut, length)
+    words = torch.from_numpy(np.random.default_rng(seed).integers(-(2**31), 2**31, length, dtype=np.int32))
+    first, rest = words[:cut], words[cut:]
+    assert digest(words) == (digest(first) + digest(rest, words_of(first))) & MASK
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8])
+def test_tensor_and_bytes_agree(dtype: torch.dtype) -> None:
+    t = (torch.randn(7, 13, generator=torch.Generator().manual_seed(1)) * 50).to(dtype)
+    assert digest(t) == digest_bytes(t.view(torch.uint8).numpy().tobytes())
+    assert digest(t.t()) == digest(t.t().contiguous())
+
+
+def test_edge_shapes() -> None:
+    assert digest(torch.empty(0)) == 0
+    assert digest(torch.tensor(1.0)) == digest(torch.tensor([[1.0]]))
+    odd = torch.arange(9, dtype=torch.uint8)
+    assert digest(odd[1:]) == digest_bytes(bytes(range(1, 9)))  # not aligned to a word
+    with pytest.raises(ValueError, match="start"):
+        digest(torch.ones(1), -1)
+
+
+def test_device_form_agrees() -> None:
+    from diagnostics.sensors import digest as module
+
+    t = torch.randn(BLOCK_WORDS + 1000)
+    flat = t.view(torch.uint8)
+    assert module._digest_on_device(flat, 77) == digest(t, 77)
+
+
+def test_hexdigest_and_chain() -> None:
+    assert hexdigest(255) == "00000000000000ff"
+    assert chain(1, 2, 3) != chain(1, 3, 2)
+    assert chain(1, 2) != chain(2, 2)
+    assert chain(0, 1, 2) == chain(0, 1, 2)
+
+
+def xor_fold(words: np.ndarray) -> int:
+    return int(np.bitwise_xor.reduce(words))
+
+
+def plain_sum(words: np.ndarray) -> int:
+    return int(words.astype(np.int64).sum()) & MASK
+
+
+def faults(kind: str, words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    bad = words.copy()
+    at = int(rng.integers(0, len(words) - 64 * LANES))
+    if kind == "same bit in 32 lanes":
+        bad[at : at + LANES] ^= np.int32(-(2**31)) if (bit := int(rng.integers(32))) == 31 else np.int32(1 << bit)
+    elif kind == "same bit, periodic":
+        bad[at : at + 32 * LANES : LANES] ^= np.int32(1 << int(rng.integers(31)))
+    elif kind == "stuck lanes":
+        bad[at : at + 64 * LANES : LANES] = bad[at]
+    elif kind == "permutation":
+        bad[at : at + LANES] = rng.permutation(bad[at : at + LANES])
+    elif kind == "swap":
+        other = int(rng.integers(0, len(words)))
+        bad[[at, other]] = bad[[other, at]]
+    elif kind == "block swap":
+        bad[at : at + LANES], bad[at + LANES : at + 2 * LANES] = (
+            words[at + LANES : at + 2 * LANES],
+            words[at : at + LANES],
+        )
+    return bad
+
+
+KINDS = ["same bit in 32 lanes", "same bit, periodic", "stuck lanes", "permutation", "swap", "block swap"]
+
+
+def misses(hash_of: object, kind: str, trials: int = TRIALS) -> int:
+    rng = np.random.default_rng(5)
+    words = rng.standard_normal(8192, dtype=np.float32).view(np.int32)
+    clean = hash_of(words)  # type: ignore[operator]
+    missed = 0
+    for _ in range(trials):
+        bad = faults(kind, words, rng)
+        missed += bool((bad != words).any()) and hash_of(bad) == clean  # type: ignore[operator]
+    return missed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_structured_fault_is_missed(kind: str) -> None:
+    assert misses(lambda words: digest_bytes(words.tobytes()), kind) == 0
+
+
+def test_xor_folds_and_plain_sums_miss_them() -> None:
+    """The negative control: with the weights switched off, the same faults pass."""
+    assert misses(xor_fold, "same bit in 32 lanes", 300) == 300
+    assert misses(xor_fold, "permutation", 300) > 290
+    assert misses(plain_sum, "swap", 300) > 290
+    assert misses(plain_sum, "same bit in 32 lanes", 1000) > 0

@@ -1,0 +1,265 @@
+"""The guard on a training step: it changes no bit, stays quiet on clean steps, and sees what a kernel got wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sample_model import Sample, batch, gradients
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.tolerance import WIDEST
+
+DTYPES = [torch.float32, torch.bfloat16]
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+
+
+class BadKernel(TorchDispatchMode):
+    """Adds an error to one element of the n-th product's result; counts the products."""
+
+    def __init__(self, at: int = -1, error: float = 1.0) -> None:
+        super().__init__()
+        self.at, self.error, self.count = at, error, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            if self.count == self.at:
+                out.view(-1)[out.numel() // 3] += self.error
+            self.count += 1
+        return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_guarded_and_unguarded_steps_are_bit_equal(dtype: torch.dtype) -> None:
+    runs = []
+    for enabled in (True, False):
+        model = Sample(dtype)
+        guard, optimizer = Guard(model, enabled=enabled), torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for k in range(5):
+            model.zero_grad()
+            with guard.step(k) as step:
+                loss = model(batch(k))
+                loss.backward()
+            assert step.clean
+            assert (step.checks > 0) == enabled
+            losses.append(loss.detach())
+            optimizer.step()
+        runs.append((losses, gradients(model)))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
+    for a, b in zip(runs[0][1], runs[1][1], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e-4])
+def test_clean_training_never_alarms(dtype: torch.dtype, scale: float) -> None:
+    model = Sample(dtype)
+    guard, optimizer = Guard(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for k in range(60):
+        optimizer.zero_grad()
+        x = batch(k) * scale
+        x[:, 3] *= 50  # an outlier channel
+        with guard.step(k) as step:
+            model(x).backward()
+        assert step.clean, step.alarms
+        assert step.skipped == {}
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_product_of_a_step_is_checked(dtype: torch.dtype) -> None:
+    """Whichever product is wrong, forward or backward, it is seen; a clean run of the same step is the control."""
+    model = Sample(dtype)
+    with BadKernel() as counter:
+        model(batch(0)).backward()
+    guard = Guard(model)
+    for at in range(counter.count):
+        model.zero_grad()
+        with BadKernel(at, error=1e3), guard.step(7) as step:
+            model(batch(0)).backward()
+        assert not step.clean, f"product {at} of {counter.count}"
+        assert all(alarm.module.startswith(("layers.", "head")) for alarm in step.alarms)
+    with BadKernel(), guard.step(7) as step:
+        model(batch(0)).backward()
+    assert step.clean
+    assert step.checks >= counter.count
+
+
+def test_a_disabled_guard_sees_nothing() -> None:
+    model = Sample()
+    with BadKernel(0, error=1e3), Guard(model, enabled=False).step(1) as step:
+        model(batch(0)).backward()
+    assert step.clean
+    assert step.checks == 0
+
+
+def test_sensors_are_invisible_to_dispatch_modes() -> None:
+    model = Sample(torch.bfloat16)
+    with BadKernel() as bare:
+        model(batch(0)).backward()
+    with BadKernel() as guarded, Guard(model).step(0):
+        model(batch(0)).backward()
+    assert guarded.count == bare.count
+
+
+def test_alarms_name_the_place() -> None:
+    model = Sample()
+    with BadKernel(2, error=1e3), Guard(model).step(0) as step:
+        model(batch(0)).backward()
+    first = step.alarms[0]
+    assert (first.sensor, first.operation, first.pass_) == ("gemm", "linear", "fprop")
+    assert first.module == "layers.0.experts.0.down"
+    assert "of [48, 48]" in first.location
+    assert step.worst >= first.reading > 1
+
+
+def test_names_survive_casts() -> None:
+    model = Sample(torch.bfloat16)
+    guard = Guard(model, tolerance_scale=1e-6)
+    with guard.step(0) as step:
+        model(batch(0)).backward()
+    names = {alarm.module for alarm in step.alarms}
+    assert {"layers.0.mix", "layers.1.experts.1.down", "head"} <= names
+
+
+def test_same_key_same_readings() -> None:
+    model = Sample(torch.bfloat16)
+    guard = Guard(model)
+    worst = []
+    for key in (3, 3, 4):
+        model.zero_grad()
+        with guard.step(key) as step:
+            model(batch(0)).backward()
+        worst.append(step.worst)
+    assert worst[0] == worst[1] != worst[2]
+
+
+def test_an_earlier_step_keeps_what_it_saw() -> None:
+    model = Sample()
+    guard = Guard(model)
+    with BadKernel(0, error=1e3), guard.step(0) as bad:
+        model(batch(0)).backward()
+    with guard.step(1) as good:
+        model(batch(1)).backward()
+    assert good.clean
+    assert not bad.clean
+
+
+def test_too_tight_a_tolerance_is_recalibrated_and_capped() -> None:
+    model = Sample()
+    guard = Guard(model, tolerance_scale=0.001)
+    for attempt in range(3):
+        with guard.step(attempt) as step:
+            model(batch(0)).backward()
+        if attempt == 0:
+            assert not step.clean
+        else:
+            assert step.clean
+        guard.recalibrate(step.alarms)
+    assert guard.widening.count == 3  # one per pass
+    assert guard.widening.factor("gemm", "fprop") <= WIDEST
+
+
+def test_recalibration_cannot_hide_a_fault() -> None:
+    model = Sample()
+    guard = Guard(model)
+    for key in range(4):
+        model.zero_grad()
+        with BadKernel(0, error=1e3), guard.step(key) as step:
+            model(batch(0)).backward()
+        guard.recalibrate(step.alarms)
+    assert not step.clean
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_values_alarm(bad: float) -> None:
+    model = Sample()
+    guard = Guard(model)
+    flat = torch.ones(1000)
+    with guard.step(0) as clean:
+        guard.check_finite("gradients", flat)
+        clean.observe("loss", 3.0)
+    assert clean.clean
+    flat[500] = bad
+    with guard.step(1) as step:
+        guard.check_finite("gradients", flat)
+    assert not step.clean
+    assert step.alarms[0].sensor == "finite"
+    assert step.alarms[0].module == "gradients"
+    with guard.step(2) as step:
+        step.observe("loss", torch.tensor(bad))
+    assert not step.clean
+    assert math.isnan(step.worst)
+
+
+def test_statistics_are_evidence_never_alarms() -> None:
+    guard = Guard(Sample())
+    for key in range(20):
+        with guard.step(key) as step:
+            step.observe("loss", 3.0 + 0.01 * (key % 5))
+        assert step.clean
+    with guard.step(20) as step:
+        step.observe("loss", 30.0)
+    assert step.clean
+    assert step.evidence[0].z > 100
+    with guard.step(20) as redo:
+        redo.observe("loss", 3.02)
+    assert abs(redo.evidence[0].z) < 2
+
+
+def products(w: nn.Parameter, x: torch.Tensor, kind: str) -> torch.Tensor:
+    made: dict[str, Callable[[], torch.Tensor]] = {
+        "mm": lambda: torch.mm(x, w.t()),
+        "matmul": lambda: torch.matmul(x, w.t()),
+        "operator": lambda: x @ w.t(),
+        "addmm": lambda: torch.addmm(torch.ones(24), x, w.t()),
+        "linear": lambda: F.linear(x, w),
+        "bias": lambda: F.linear(x, w, torch.ones(24)),
+        "3-D": lambda: F.linear(x.reshape(4, -1, 16), w),
+        "3-D bias": lambda: F.linear(x.reshape(4, -1, 16), w, torch.ones(24)),
+    }
+    return made[kind]()
+
+
+@pytest.mark.parametrize("kind", ["mm", "matmul", "operator", "addmm", "linear", "bias", "3-D", "3-D bias"])
+def test_all_spellings_of_a_product(kind: str) -> None:
+    model = nn.Linear(16, 24, bias=False)
+    guard = Guard(model)
+    x = torch.randn(32, 16, requires_grad=True)
+    with guard.step(0) as step:
+        products(model.weight, x, kind).square().sum().backward()
+    assert step.clean
+    assert step.checks == 3
+    for at in range(3):
+        with BadKernel(at, error=100.0), guard.step(1) as step:
+            products(model.weight, x, kind).square().sum().backward()
+        assert not step.clean
+
+
+def test_under_autocast_and_checkpointing() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    guard = Guard(model)
+    with guard.step(0) as step:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = checkpoint(model, torch.randn(16, 32), use_reentrant=False).float().square().sum()
+        loss.backward()
+    assert step.clean
+    assert step.checks >= 5  # two forwards, one dgrad, two wgrads; the recomputation adds its own
+
+
+def test_unsupported_types_are_counted_not_silently_skipped() -> None:
+    model = nn.Linear(8, 8, bias=False, dtype=torch.float64)
+    with Guard(model).step(0) as step:
+        model(torch.ones(4, 8, dtype=torch.float64)).sum().backward()
+    assert step.clean
+    assert step.checks == 0
+    assert "float64" in next(iter(step.skipped))

@@ -1,0 +1,138 @@
+"""The rounding model: its table, its widening, and that clean products of any shape stay inside it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diagnostics.sensors.gemm import Operand, output_norms, row_readings
+from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.tolerance import WIDEST, UnknownTolerance, Widening, parse_table, shipped_table
+
+CPU = torch.device("cpu")
+FLAVOURS = ("normal", "ones", "positive", "outlier columns", "outlier rows", "lognormal", "sparse", "zero rows")
+
+
+def matrix(flavour: str, m: int, n: int, scale: float, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, n, generator=g)
+    if flavour == "ones":
+        x = torch.ones(m, n)
+    elif flavour == "positive":
+        x = x.abs()
+    elif flavour == "outlier columns":
+        x[:, ::7] *= 100
+    elif flavour == "outlier rows":
+        x[::5] *= 1000
+    elif flavour == "lognormal":
+        x = x * torch.exp(3 * torch.randn(m, n, generator=g))
+    elif flavour == "sparse":
+        x = x * (torch.rand(m, n, generator=g) < 0.03)
+    elif flavour == "zero rows":
+        x[::2] = 0
+    return x * scale
+
+
+def reading(c: torch.Tensor, a: torch.Tensor, w: torch.Tensor, key: int, factor: float = 1.0) -> float:
+    kappa = shipped_table().kappa("cpu", str(c.dtype).removeprefix("torch."))
+    norm = torch.linalg.vector_norm(w, dtype=torch.float32)
+    return float(row_readings(c, Operand.of(a), w.t(), norm, Signs(key, CPU), kappa, factor).amax())
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(FLAVOURS),
+    st.sampled_from(FLAVOURS),
+    st.tuples(st.integers(1, 80), st.integers(1, 300), st.integers(1, 300)),
+    st.sampled_from([1e-20, 1e-6, 1e-4, 1.0, 1e4]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**63),
+)
+def test_clean_products_never_alarm(
+    left: str, right: str, shape: tuple[int, int, int], scale: float, dtype: torch.dtype, key: int
+) -> None:
+    m, k, n = shape
+    a, w = matrix(left, m, k, scale, key % 1000).to(dtype), matrix(right, n, k, 1.0, key % 997).to(dtype)
+    assert reading(F.linear(a, w), a, w, key) <= 1.0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32), st.integers(20, 31), st.sampled_from([1e-6, 1.0, 1e4]))
+def test_every_high_flip_of_a_sizeable_fp32_element_alarms(seed: int, bit: int, scale: float) -> None:
+    a, w = matrix("normal", 40, 96, scale, seed % 1009), matrix("normal", 64, 96, 1.0, seed % 1013)
+    c = F.linear(a, w)
+    row, column = divmod(int(c.abs().argmax()) if seed % 2 else 65 * (seed % 39), 64)
+    if c[row, column].abs() < c[row].square().mean().sqrt():
+        column = int(c[row].abs().argmax())
+    c.view(torch.int32)[row, column] ^= torch.iinfo(torch.int32).min if bit == 31 else 1 << bit
+    assert not (reading(c, a, w, seed) <= 1.0)
+    assert not (reading(c, a, w, seed, factor=WIDEST) <= 1.0)
+    # the negative control: a sensor whose tolerance is without bound sees no finite fault
+    assert not math.isfinite(float(c.abs().sum())) or reading(c, a, w, seed, factor=1e30) <= 1.0 or bit == 30
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_alarms(bad: float) -> None:
+    a, w = matrix("normal", 8, 16, 1.0, 1), matrix("normal", 12, 16, 1.0, 2)
+    c = F.linear(a, w)
+    c[3, 5] = bad
+    assert not (reading(c, a, w, 1) <= 1.0)
+
+
+def test_norm_estimate_comes_from_operands_alone() -> None:
+    """A corrupted result must not raise its own threshold: the estimate never reads it, and holds the true norm."""
+    a, w = matrix("outlier rows", 200, 64, 1.0, 1).bfloat16(), matrix("normal", 128, 64, 1.0, 2).bfloat16()
+    true = torch.linalg.vector_norm(F.linear(a.float(), w.float()), dim=1)
+    estimate = output_norms(Operand.of(a), w.t(), Signs(3, CPU))
+    ratio = estimate / true
+    assert float(ratio.amin()) > 0.8
+    assert float(ratio.amax()) < 2.5
+
+
+def test_signs_are_a_function_of_key_and_length() -> None:
+    one, same, other = Signs(5, CPU), Signs(5, CPU), Signs(6, CPU)
+    assert torch.equal(one.vector(100), same.vector(100))
+    assert torch.equal(one.probes(100, torch.bfloat16), same.probes(100, torch.bfloat16))
+    assert not torch.equal(one.vector(100), other.vector(100))
+    assert set(one.vector(100).unique().tolist()) == {-1.0, 1.0}
+
+
+def test_shipped_table_is_sound_and_says_where_it_is_from() -> None:
+    table = shipped_table()
+    assert {("cpu", "float32", "mm"), ("cpu", "bfloat16", "mm")} <= set(table.entries)
+    assert all("measured" in kappa.provenance for kappa in table.entries.values())
+    with pytest.raises(UnknownTolerance, match="float16"):
+        table.kappa("cpu", "float16")
+
+
+def test_bad_tables_are_refused() -> None:
+    row = {"device_class": "cpu", "dtype": "float32", "kernel": "mm", "output": 0, "accumulate": 1e-7, "provenance": ""}
+    with pytest.raises(ValueError, match="twice"):
+        parse_table(json.dumps({"kappas": [row, row]}))
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        parse_table(json.dumps({"kappas": [row | {"accumulate": 0}]}))
+
+
+@given(st.floats(1e-4, 10), st.lists(st.floats(0, 1e12) | st.just(math.nan) | st.just(math.inf), max_size=20))
+def test_widening_only_grows_and_is_capped(scale: float, readings: list[float]) -> None:
+    widening = Widening(scale)
+    for value in readings:
+        before, count = widening.factor("gemm", "fprop"), widening.count
+        changed = widening.widen("gemm", "fprop", value)
+        after = widening.factor("gemm", "fprop")
+        assert before <= after <= max(scale, WIDEST)
+        assert changed == (after > before)
+        assert widening.count == count + changed
+    assert widening.factor("gemm", "wgrad") == scale
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_widening_refuses_a_senseless_scale(scale: float) -> None:
+    with pytest.raises(ValueError, match="tolerance scale"):
+        Widening(scale)
