@@ -1,0 +1,82 @@
+"""Multi-head latent attention (section 2.1.1): keys and values come from one small latent per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from agent.model.config import V3Config
+from agent.model.linear import Linear
+from agent.model.norm import RMSNorm
+from agent.model.rope import rotate
+
+
+class Attention(nn.Module):
+    """MLA in its training form, eq. 1-11; operation names: q_a, q_b (or q), kv_a, kv_b, out."""
+
+    def __init__(self, config: V3Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        c = self.config = config
+        heads = c.num_attention_heads
+        if c.q_lora_rank is None:
+            self.q = Linear(c.hidden_size, heads * c.qk_head_dim, dtype)
+        else:
+            self.q_a = Linear(c.hidden_size, c.q_lora_rank, dtype)  # W^DQ
+            self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps, dtype)
+            self.q_b = Linear(c.q_lora_rank, heads * c.qk_head_dim, dtype)  # [W^UQ; W^QR]
+        self.kv_a = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, dtype)  # [W^DKV; W^KR]
+        self.kv_norm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps, dtype)
+        self.kv_b = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), dtype)  # [W^UK; W^UV]
+        self.out = Linear(heads * c.v_head_dim, c.hidden_size, dtype)  # W^O
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Attend within each sequence.
+
+        Args:
+            x: [batch * time, hidden_size], sequence after sequence.
+            turns: rotations of the positions, [time, qk_rope_head_dim / 2].
+
+        Returns:
+            [batch * time, hidden_size].
+        """
+        time = turns.shape[0]
+        query = self._query(x, turns)
+        key, value = self._key_value(x, turns)
+        mixed = attend(query, key, value, self.config.softmax_scale)
+        heads_last = mixed.view(-1, self.config.num_attention_heads, time, self.config.v_head_dim).transpose(1, 2)
+        y: Tensor = self.out(heads_last.reshape(x.shape[0], -1))
+        return y
+
+    def _query(self, x: Tensor, turns: Tensor) -> Tensor:
+        c = self.config
+        flat = self.q(x) if c.q_lora_rank is None else self.q_b(self.q_norm(self.q_a(x)))
+        heads = flat.view(-1, turns.shape[0], c.num_attention_heads, c.qk_head_dim)
+        plain, rotary = heads.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        return _by_head(torch.cat([plain, rotate(rotary, turns)], dim=-1))
+
+    def _key_value(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        latent, rotary = self.kv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        shared = rotate(rotary.view(-1, turns.shape[0], 1, c.qk_rope_head_dim), turns)  # k^R: one head for all, no norm
+        expanded = self.kv_b(self.kv_norm(latent))
+        heads = expanded.view(-1, turns.shape[0], c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
+        plain, value = heads.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
+        key = torch.cat([plain, shared.expand(-1, -1, c.num_attention_heads, -1)], dim=-1)
+        return _by_head(key), _by_head(value)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(causal(scale Q K^T)) V (eq. 10) for [batch * heads, time, dim] operands; softmax in fp32.
+
+    Two batched products rather than the fused kernel: query and value widths differ, for which torch has no fused
+    backward on CPU, and these give the same bits in every process.
+    """
+    time = query.shape[1]
+    future = torch.full((time, time), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.float().softmax(-1).to(value.dtype), value)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """[batch, time, heads, dim] -> [batch * heads, time, dim]."""
+    return x.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,39 @@
+"""One transformer block (figure 2): attention, then a feed-forward layer or a mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from agent.model.attention import Attention
+from agent.model.config import V3Config
+from agent.model.ffn import FeedForward
+from agent.model.moe import MoE, RouterLoad
+from agent.model.norm import RMSNorm
+
+
+class Block(nn.Module):
+    """x + Attention(norm(x)), then x + FFN(norm(x)); the residual stream is fp32.
+
+    Either ``ffn`` or ``moe`` exists, so that operation names tell which kind of layer they belong to.
+    """
+
+    def __init__(self, config: V3Config, *, dense: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dense = dense
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(config, dtype)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if dense:
+            self.ffn = FeedForward(config.hidden_size, config.intermediate_size, dtype)
+        else:
+            self.moe = MoE(config, dtype)
+
+    def forward(self, x: Tensor, turns: Tensor) -> tuple[Tensor, RouterLoad | None]:
+        """fp32 [batch * time, hidden_size] -> the same, and the router's load if there is a router."""
+        x = x + self.attention(self.attention_norm(x), turns)
+        normed = self.ffn_norm(x)
+        if self.dense:
+            return x + self.ffn(normed), None
+        y, load = self.moe(normed, x.shape[0] // turns.shape[0])
+        return x + y, load
