@@ -1,0 +1,165 @@
+"""Asynchronous capture: copy and hash the committed slot while training goes on, write it, publish it once final."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agent.checkpoint.manifest import Manifest, TensorEntry
+from agent.checkpoint.storage import SHARD, Fenced, Storage, tensor_digest
+from agent.slots import SlotRecord
+from agent.training.layout import State, StateLayout
+
+#: (kind of report, body, urgent)
+Report = Callable[[str, dict[str, Any], bool], None]
+_MASK = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class _Job:
+    """One capture under way."""
+
+    record: SlotRecord
+    state: State
+    copied: threading.Event
+    final: threading.Event
+    dropped: bool = False
+
+
+class Capture:
+    """Captures one state at a time in a thread of its own.
+
+    The caller starts a capture after a commit, calls `finalise` when the next gate has agreed on that step's digest
+    (only then is the checkpoint published), and `wait_copied` before it overwrites the slot.
+    """
+
+    def __init__(self, storage: Storage, layout: StateLayout, describe: Manifest, report: Report) -> None:
+        self._storage = storage
+        self._layout = layout
+        self._describe = describe
+        self._report = report
+        self._staging = layout.view(memoryview(bytearray(layout.nbytes)))
+        self._parent = describe.parent_step
+        self._job: _Job | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, record: SlotRecord, state: State) -> None:
+        """Begin to capture `state`, just committed as `record`; waits for an unfinished capture before it."""
+        self.close()
+        self._job = _Job(record, state, threading.Event(), threading.Event())
+        self._thread = threading.Thread(target=self._run, args=(self._job,), name="capture", daemon=True)
+        self._thread.start()
+
+    def wait_copied(self) -> None:
+        """Return once the slot being captured may be overwritten."""
+        if self._job is not None:
+            self._job.copied.wait()
+
+    def finalise(self, step: int) -> None:
+        """The gate has agreed on the state of `step`: a capture of it may be published."""
+        if self._job is not None and self._job.record.step == step:
+            self._job.final.set()
+
+    def discard(self, step: int) -> None:
+        """The state of `step` did not hold: a capture of it is dropped."""
+        if self._job is not None and self._job.record.step == step and not self._job.final.is_set():
+            self._job.dropped = True
+            self._job.final.set()
+
+    def close(self) -> None:
+        """Wait for the capture under way, which must have been finalised or discarded."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, job: _Job) -> None:
+        begun = time.monotonic()
+        entries = self._copy(job)
+        stall = time.monotonic() - begun
+        job.copied.set()
+        total = sum(int(entry.digest, 16) for entry in entries) & _MASK
+        body = {"job": self._describe.job, "generation": job.record.generation, "step": job.record.step}
+        if total != job.record.digest:
+            self._refuse(body, job.record, total)
+            return
+        self._report("checkpoint_captured", {**body, "digest": f"{job.record.digest:016x}", "stall_s": stall}, False)
+        self._write(job, entries, body)
+
+    def _copy(self, job: _Job) -> list[TensorEntry]:
+        """Copy part by part, hashing the copy while it is in the cache: what is hashed is what will be written."""
+        entries = []
+        targets = self._layout.parts(self._staging)
+        for (name, word, source), (_, _, target) in zip(self._layout.parts(job.state), targets, strict=True):
+            target.copy_(source)
+            found = tensor_digest(target.numpy(), word)
+            entries.append(TensorEntry(name, _dtype(target), tuple(target.shape), word, f"{found:016x}", SHARD))
+        return entries
+
+    def _write(self, job: _Job, entries: list[TensorEntry], body: Mapping[str, Any]) -> None:
+        manifest = replace(
+            self._describe,
+            generation=job.record.generation,
+            step=job.record.step,
+            parent_step=self._parent,
+            digest=f"{job.record.digest:016x}",
+            chain=f"{job.record.chain:016x}",
+            created=time.time(),
+            tensors=tuple(entries),
+        )
+        begun = time.monotonic()
+        try:
+            aside = self._storage.write(manifest, {n: t.numpy() for n, _, t in self._layout.parts(self._staging)})
+            job.final.wait()
+            if job.dropped:
+                return
+            path = self._storage.publish(aside, manifest)
+        except (OSError, Fenced) as error:  # training goes on from memory; the operator hears of it
+            self._report(
+                "finding_raised",
+                {
+                    "finding": f"checkpoint-{manifest.step}",
+                    "check": "checkpoint",
+                    "severity": "CRITICAL",
+                    "confidence": 1.0,
+                    "detail": f"checkpoint of step {manifest.step} was not written: {error}",
+                },
+                True,
+            )
+            return
+        self._parent = manifest.step
+        self._report(
+            "checkpoint_durable",
+            {
+                **body,
+                "digest": manifest.digest,
+                "chain": manifest.chain,
+                "path": str(path),
+                "bytes": sum(file.stat().st_size for file in path.iterdir()),
+                "parent_step": manifest.parent_step,
+                "write_s": time.monotonic() - begun,
+            },
+            True,
+        )
+
+    def _refuse(self, body: Mapping[str, Any], record: SlotRecord, found: int) -> None:
+        """The copy differs from what the gate will agree on: memory changed between commit and capture."""
+        self._report(
+            "shard_refused",
+            {
+                **body,
+                "path": "",
+                "shard": "capture",
+                "expected": f"{record.digest:016x}",
+                "found": f"{found:016x}",
+                "reason": "the state changed in memory between its commit and its capture; nothing was written",
+            },
+            True,
+        )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return {torch.float32: "float32", torch.int64: "int64"}[tensor.dtype]

@@ -1,0 +1,143 @@
+"""A job's checkpoints on storage: written aside, published by one rename, fenced by generation, else refused."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from agent.checkpoint.manifest import NAME, Manifest, ManifestError
+from diagnostics.sensors.multilinear import digest_bytes
+
+_MASK = (1 << 64) - 1
+SHARD = "shard-0.safetensors"
+#: Published checkpoints that stay: the newest may turn out damaged, so may the one before it.
+KEEP = 4
+
+
+class ShardRefused(ValueError):
+    """A checkpoint whose contents are not what its manifest says."""
+
+    def __init__(self, path: Path, step: int, shard: str, expected: str, found: str) -> None:
+        super().__init__(f"{path.name}: {shard} has {found}, its manifest says {expected}")
+        self.path = path
+        self.step = step
+        self.shard = shard
+        self.expected = expected
+        self.found = found
+
+
+class Fenced(RuntimeError):
+    """A newer generation owns the storage; this one must not publish."""
+
+
+class Storage:
+    """The folder of one job's checkpoints, shared by its nodes."""
+
+    def __init__(self, root: Path, job: str) -> None:
+        self.folder = root / job
+
+    def published(self) -> list[Path]:
+        """Published checkpoints, the newest first."""
+        return sorted((p for p in self.folder.glob("step-????????") if p.is_dir()), reverse=True)
+
+    def fence(self, generation: int) -> None:
+        """Refuse every older generation from now on. Raises Fenced if a newer one was here."""
+        with self._locked() as highest:
+            if highest > generation:
+                raise Fenced(f"generation {highest} owns {self.folder}; this is {generation}")
+            self._fence_file.write_text(str(generation))
+
+    def write(self, manifest: Manifest, tensors: Mapping[str, NDArray[np.generic]]) -> Path:
+        """Write everything aside and force it to storage; `publish` makes it a checkpoint."""
+        aside = self.folder / f"writing-{manifest.step:08d}-{manifest.generation}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(dict(tensors), aside / SHARD)
+        (aside / NAME).write_text(manifest.to_json())
+        for path in (aside / SHARD, aside / NAME, aside):
+            _sync(path)
+        return aside
+
+    def publish(self, aside: Path, manifest: Manifest) -> Path:
+        """Give a written checkpoint its name, by one rename under the fence. Raises Fenced."""
+        final = self.folder / f"step-{manifest.step:08d}"
+        with self._locked() as highest:
+            if highest > manifest.generation:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise Fenced(f"generation {highest} owns {self.folder}; this is {manifest.generation}")
+            if final.exists():  # the same step again, after a restart from before it
+                shutil.rmtree(final)
+            aside.rename(final)
+            _sync(self.folder)
+        for old in self.published()[KEEP:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def set_aside(self, path: Path, generation: int) -> None:
+        """Rename a refused checkpoint, keeping it as evidence. Harmless if another rank was first."""
+        try:
+            path.rename(path.with_name(f"refused-{path.name}-{generation}"))
+        except FileNotFoundError:
+            return
+
+    @property
+    def _fence_file(self) -> Path:
+        return self.folder / "generation"
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The storage's lock; yields the highest generation seen."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield int(self._fence_file.read_text()) if self._fence_file.exists() else 0
+
+
+def read(path: Path) -> tuple[Manifest, dict[str, NDArray[np.generic]]]:
+    """Load a checkpoint and verify every tensor and the whole. Raises ShardRefused; nothing unverified is returned."""
+    manifest = read_manifest(path)
+    try:
+        arrays = load_file(path / SHARD)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ShardRefused(path, manifest.step, SHARD, "a readable shard", f"an unreadable one ({error})") from error
+    total = 0
+    for entry in manifest.tensors:
+        array = arrays.get(entry.name)
+        if array is None or tuple(array.shape) != entry.shape:
+            raise ShardRefused(path, manifest.step, entry.name, f"shape {entry.shape}", "no such tensor")
+        found = tensor_digest(array, entry.word)
+        if f"{found:016x}" != entry.digest:
+            raise ShardRefused(path, manifest.step, entry.name, entry.digest, f"{found:016x}")
+        total = (total + found) & _MASK
+    if f"{total:016x}" != manifest.digest:
+        raise ShardRefused(path, manifest.step, "state", manifest.digest, f"{total:016x}")
+    return manifest, arrays
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest alone. Raises ShardRefused if it is missing or damaged."""
+    try:
+        return Manifest.from_json((path / NAME).read_text())
+    except (OSError, UnicodeDecodeError, ManifestError) as error:
+        step = int(path.name.rpartition("-")[2]) if path.name.rpartition("-")[2].isdigit() else 0
+        raise ShardRefused(path, step, NAME, "a manifest", str(error)) from error
+
+
+def tensor_digest(array: NDArray[np.generic], word: int) -> int:
+    """The tensor's part of the state's digest; `word` is where it starts, in 32-bit words."""
+    return digest_bytes(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)), word)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

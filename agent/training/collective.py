@@ -1,0 +1,91 @@
+"""The ranks of one generation as a process group: fenced rendezvous, fixed buckets, small exchanges in rank order."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # bound from C++
+
+#: Elements of a gradient bucket (4 MiB): a fixed layout, because gloo's bits depend on it.
+BUCKET = 1 << 20
+#: Longer than any hold at the gate: progress deadlines outside the process find a hang, not this.
+PATIENCE = timedelta(minutes=30)
+#: A generation whose ranks do not all arrive is started again, so waiting for them is bounded more tightly.
+RENDEZVOUS = timedelta(seconds=60)
+
+
+class PeerLost(RuntimeError):
+    """A collective failed because another rank is gone."""
+
+
+class Group:
+    """A gloo (CPU) or NCCL (GPU) group of `world` ranks, keyed by job and generation."""
+
+    def __init__(self, endpoint: str, prefix: str, rank: int, world: int) -> None:
+        host, port = endpoint.rsplit(":", 1)
+        self.rank = rank
+        self.world = world
+        try:
+            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=RENDEZVOUS)
+            dist.init_process_group(
+                "gloo", store=PrefixStore(prefix, store), rank=rank, world_size=world, timeout=PATIENCE
+            )
+            dist.barrier()
+        except (RuntimeError, dist.DistError) as error:
+            raise PeerLost(f"rendezvous {prefix} at {endpoint}: {error}") from error
+
+    def reduce(self, flat: Tensor) -> None:
+        """Sum `flat` over all ranks in place, bucket by bucket in a fixed order."""
+        if self.world == 1:
+            return
+        for start in range(0, flat.numel(), BUCKET):
+            self._run(dist.all_reduce, flat[start : start + BUCKET])
+
+    def gather(self, row: Sequence[int]) -> list[list[int]]:
+        """All ranks' rows of int64, in rank order; every rank gives the same length."""
+        mine = torch.tensor(row, dtype=torch.int64)
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        self._run(dist.all_gather, parts, mine)
+        return [part.tolist() for part in parts]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """All ranks' values (plain data), in rank order. Not for the step's path."""
+        values: list[Any] = [None] * self.world
+        self._run(dist.all_gather_object, values, value)
+        return values
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send to one rank, which calls `receive`."""
+        self._run(dist.send, tensor, to)
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """Receive into `tensor`."""
+        self._run(dist.recv, tensor, source)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self._run(dist.barrier)
+
+    def close(self) -> None:
+        """Leave the group."""
+        dist.destroy_process_group()
+
+    @staticmethod
+    def _run(operation: Any, *arguments: Any) -> None:
+        try:
+            operation(*arguments)
+        except (RuntimeError, dist.DistError) as error:
+            raise PeerLost(f"{operation.__name__}: {error}") from error
+
+
+def serve_rendezvous(host: str) -> tuple[TCPStore, str]:
+    """Open a store on a free port of `host` for the generation this worker may become rank 0 of; keep the object.
+
+    The store lives in the worker, not in the torch-free daemon: a generation ends with any of its ranks, so a store
+    that ends with rank 0 loses nothing.
+    """
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=RENDEZVOUS)
+    return store, f"{host}:{store.port}"

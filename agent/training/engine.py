@@ -1,0 +1,123 @@
+"""One rank's arithmetic of a step: samples in, guarded forward and backward, gradients and readings out."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from agent.model import PRESETS, V3
+from agent.training.data import Batch, BatchCorrupted, Corpus, sample_ids
+from agent.training.layout import State, StateLayout
+from agent.training.spec import JobSpec
+from diagnostics.health import Alarm
+from diagnostics.sensors.digest import chain, digest
+from diagnostics.sensors.guard import Guard
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+#: Called as (step, sample rank, attempt); the context surrounds forward and backward. Drills enter here.
+Surround = Callable[[int, int, int], AbstractContextManager[object]]
+
+
+def undisturbed(_step: int, _rank: int, _attempt: int) -> AbstractContextManager[object]:
+    """No drill."""
+    return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class Computation:
+    """What one forward and backward gave. `alarm` is `not (reading <= 1)`; `counts` is int64 [MoE layers, experts]."""
+
+    loss: float
+    reading: float
+    alarm: bool
+    alarms: tuple[Alarm, ...]
+    checks: int
+    counts: Tensor
+    tokens: int
+
+
+class Engine:
+    """Model, data and sensors of one rank, over whatever state it is pointed at."""
+
+    def __init__(self, spec: JobSpec, surround: Surround = undisturbed) -> None:
+        torch.set_num_threads(spec.threads)
+        preset = PRESETS[spec.preset]
+        self.spec = spec
+        self.preset = preset
+        self.model = V3(preset.config, compute_dtype=_DTYPES[spec.precision])
+        self.layout = StateLayout(self.model)
+        self.gradients = torch.zeros(self.layout.flat)
+        self.corpus = Corpus.open(Path(spec.corpus) if spec.corpus else None, Path(spec.cache))
+        self.guard = Guard(self.model, tolerance_scale=spec.tolerance_scale, enabled=spec.sensors)
+        self.surround = surround
+        self._window = preset.sample_len
+        self._samples = self.corpus.total(self._window)
+
+    def bind(self, state: State) -> None:
+        """Compute from `state` from now on."""
+        self.layout.bind(self.model, state)
+
+    def initialise(self, state: State) -> None:
+        """Write the initial state of the job's seed into `state`."""
+        fresh = V3(self.preset.config)
+        fresh.initialise(self.spec.seed)
+        self.layout.capture(fresh, state)
+        state.meta[0] = self.spec.seed
+
+    def compute(self, step: int, rank: int, attempt: int, gradients: Tensor) -> Computation:
+        """Forward and backward of `rank`'s samples of `step`, into `gradients` (float32 [flat], overwritten)."""
+        batch = self._batch(step, rank)
+        gradients.zero_()
+        self.layout.bind_gradients(self.model, gradients)
+        key = chain(self.spec.seed, step, rank)
+        with self.guard.step(key) as sense, self.surround(step, rank, attempt):
+            result = self.model.loss(batch.tokens)
+            torch.autograd.backward(result.total)
+            self.guard.check_finite("loss", result.total)
+        loss = float(result.main)
+        sense.observe("loss", loss)
+        return Computation(
+            loss=loss,
+            reading=sense.worst,
+            alarm=not sense.clean,
+            alarms=tuple(sense.alarms),
+            checks=sense.checks,
+            counts=result.counts,
+            tokens=batch.tokens.shape[0] * self.preset.seq_len,
+        )
+
+    def warm_up(self) -> None:
+        """Run one step on throw-away state, so that a promotion finds kernels and allocator warm."""
+        scratch = memoryview(bytearray(self.layout.nbytes))
+        state = self.layout.view(scratch)
+        self.initialise(state)
+        self.bind(state)
+        guard, surround = self.guard, self.surround
+        self.guard, self.surround = Guard(self.model, tolerance_scale=1.0, enabled=self.spec.sensors), undisturbed
+        self.compute(0, 0, 1, torch.zeros(self.layout.flat))
+        self.guard, self.surround = guard, surround
+
+    def samples(self, step: int, rank: int) -> list[int]:
+        """Sample ids of `rank` in `step`: a pure function of the seed."""
+        return sample_ids(self.spec.seed, step, rank, 0, self.preset.micro_batch, self._samples)
+
+    def link(self, previous: int, step: int, state_digest: int) -> int:
+        """The chain after `step`: previous link, the state's digest, and every rank's samples."""
+        ids = [i for rank in range(self.spec.world) for i in self.samples(step, rank)]
+        return chain(previous, state_digest, *ids)
+
+    def _batch(self, step: int, rank: int) -> Batch:
+        ids = self.samples(step, rank)
+        try:
+            return self.corpus.batch(ids, self._window)
+        except BatchCorrupted:  # a copy went wrong: the corpus itself is intact until a second read fails too
+            return self.corpus.batch(ids, self._window)
+
+
+def gradient_digest(gradients: Tensor) -> str:
+    """The vote: 16 hex digits over all the bits of a rank's own gradients."""
+    return f"{digest(gradients):016x}"

@@ -1,0 +1,136 @@
+"""The commit gate's decision: what the rows of all ranks mean for a step. Pure, and the same on every rank."""
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+#: int64 fields of a row before its expert counts.
+FIELDS = 9
+
+
+class GateError(RuntimeError):
+    """Rows that cannot belong together: a rank of another generation or step reached this gate."""
+
+
+class Decision(Enum):
+    """What the ranks do next."""
+
+    COMMIT = "commit"
+    REPLAY = "replay"
+    ROLL_BACK = "roll back"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one rank brings to the gate of `step`.
+
+    `reading` is its worst reading; `alarm` is `not (reading <= 1)`, taken before any reduction so that NaN counts.
+    `squared_norm` is that of its slice of the reduced gradient; `digest` is of the state committed at `previous`.
+    `counts` are the routed tokens of its own batch per (MoE layer, expert).
+    """
+
+    generation: int
+    step: int
+    attempt: int
+    alarm: bool
+    reading: float
+    squared_norm: float
+    previous: int
+    digest: int
+    loss: float
+    counts: tuple[int, ...]
+
+    def pack(self) -> list[int]:
+        """The row as FIELDS + len(counts) signed 64-bit integers; floats by their bits."""
+        return [
+            self.generation,
+            self.step,
+            self.attempt,
+            int(self.alarm),
+            _bits(self.reading),
+            _bits(self.squared_norm),
+            self.previous,
+            _signed(self.digest),
+            _bits(self.loss),
+            *self.counts,
+        ]
+
+    @classmethod
+    def unpack(cls, values: Sequence[int]) -> "Row":
+        """The inverse of `pack`."""
+        return cls(
+            generation=values[0],
+            step=values[1],
+            attempt=values[2],
+            alarm=bool(values[3]),
+            reading=_float(values[4]),
+            squared_norm=_float(values[5]),
+            previous=values[6],
+            digest=values[7] & 0xFFFFFFFFFFFFFFFF,
+            loss=_float(values[8]),
+            counts=tuple(values[FIELDS:]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The decision with its reason; `norm` is the summed gradient's, `suspects` are ranks in rank order."""
+
+    decision: Decision
+    reason: str
+    norm: float = 0.0
+    suspects: tuple[int, ...] = ()
+
+
+def decide(rows: Sequence[Row]) -> Outcome:
+    """Judge the rows, given in rank order.
+
+    A disagreement about the previous commit comes first: nothing computed from a doubtful state counts. Then alarms.
+    The norm is summed in rank order, so that every rank gets the same bits. Raises GateError on rows of another
+    generation, step or attempt.
+    """
+    head = rows[0]
+    for rank, row in enumerate(rows):
+        if (row.generation, row.step, row.attempt, row.previous) != (
+            head.generation,
+            head.step,
+            head.attempt,
+            head.previous,
+        ):
+            raise GateError(
+                f"rank {rank} is at generation {row.generation} step {row.step} attempt {row.attempt}, rank 0 at "
+                f"generation {head.generation} step {head.step} attempt {head.attempt}"
+            )
+    if len({row.digest for row in rows}) > 1:
+        listed = ", ".join(f"rank {rank} {row.digest:016x}" for rank, row in enumerate(rows))
+        return Outcome(Decision.ROLL_BACK, f"states of step {head.previous} differ: {listed}")
+    suspects = tuple(rank for rank, row in enumerate(rows) if row.alarm)
+    if suspects:
+        return Outcome(Decision.REPLAY, "sensor alarm", suspects=suspects)
+    squared = 0.0
+    for row in rows:
+        squared += row.squared_norm
+    if not math.isfinite(squared):
+        return Outcome(Decision.REPLAY, "reduced gradient is not finite", suspects=tuple(range(len(rows))))
+    return Outcome(Decision.COMMIT, "clean", norm=math.sqrt(squared))
+
+
+def outvoted(digests: Sequence[int]) -> tuple[int, ...]:
+    """Ranks whose digest is not that of the strict majority; empty if there is none (two ranks that differ)."""
+    value, count = Counter(digests).most_common(1)[0]
+    return tuple(r for r, d in enumerate(digests) if d != value) if 2 * count > len(digests) else ()
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def _float(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,198 @@
+"""Replay, a phase of the gate: who computed the held step wrongly, by recomputation here, on a peer, on a spare."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from agent.training.collective import Group
+from agent.training.engine import Computation, Engine, gradient_digest
+from diagnostics.verify.votes import Role, Ruling, Vote, decide
+
+#: A spare fetches the state (0.1 s) and recomputes one step; 30 s covers a slow network and a cold worker. The
+#: controller gives up earlier and says so.
+THIRD_VOTE_S = 30.0
+
+
+class Daemon(Protocol):
+    """What training needs of the node's daemon. None of it blocks, but `wait_vote`."""
+
+    def report(self, kind: str, body: dict[str, Any], urgent: bool = False) -> None:
+        """Queue an event for the controller."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Queue a step record."""
+
+    def wait_vote(self, step: int, rank: int, timeout: float) -> list[dict[str, Any]]:
+        """Votes of other devices on `rank`'s `step`; empty when there will be none or time is up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Which device a rank runs on."""
+
+    node: str
+    device: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A step that the gate holds, on one rank: its own computation, and its digest if it alarmed."""
+
+    generation: int
+    step: int
+    attempt: int
+    computation: Computation
+    original: str
+
+
+class Replayer:
+    """Carries out the replays that a held gate asks for; every rank calls `judge` with the same suspects."""
+
+    def __init__(self, engine: Engine, group: Group, members: Sequence[Member], daemon: Daemon) -> None:
+        self.engine = engine
+        self.group = group
+        self.members = tuple(members)
+        self.daemon = daemon
+        self._scratch = torch.empty(0)
+
+    def judge(self, held: Held, suspect: int) -> Ruling:
+        """Collect votes until there is a verdict on `suspect`; the same ruling on every rank."""
+        self._alarm(held, suspect, (), needs_third=False)
+        votes = self._exchange(held, suspect, {suspect: "original"})
+        unavailable: frozenset[Role] = frozenset()
+        ruling = decide(votes, unavailable)
+        while ruling.needs is not None:
+            role = ruling.needs
+            voter = self._voter(role, suspect)
+            if voter is not None:
+                votes += self._exchange(held, suspect, {voter: role})
+            elif vote := self._from_spare(held, suspect, role, votes):
+                votes.append(vote)
+            else:
+                unavailable |= {role}
+            ruling = decide(votes, unavailable)
+        self._publish(held, suspect, votes, ruling)
+        return ruling
+
+    def _scratch_buffer(self) -> Tensor:
+        """A replay's gradients; made at the first alarm, which most jobs never see."""
+        if self._scratch.numel() == 0:
+            self._scratch = torch.zeros(self.engine.layout.flat)
+        return self._scratch
+
+    def _voter(self, role: Role, suspect: int) -> int | None:
+        """The rank that casts `role`'s vote, or None if that takes a spare."""
+        distance = {"original": 0, "suspect": 0, "peer": 1, "third": 2}[role]
+        return (suspect + distance) % self.group.world if distance < self.group.world else None
+
+    def _reporter(self, suspect: int) -> int:
+        """The rank that speaks for the gate: not the suspect, where there is another."""
+        return (suspect + 1) % self.group.world
+
+    def _exchange(self, held: Held, suspect: int, casting: dict[int, Role]) -> list[Vote]:
+        """Every rank learns the votes that the `casting` ranks cast."""
+        mine = None
+        role = casting.get(self.group.rank)
+        here = self.members[self.group.rank]
+        if role == "original":
+            computed = held.computation
+            finite = math.isfinite(computed.reading) and math.isfinite(computed.loss)
+            mine = Vote(role, here.node, here.device, os.getpid(), held.original, computed.alarm, finite)
+        elif role is not None:
+            mine = recompute(self.engine, self._scratch_buffer(), held.step, suspect, here, role)
+        return [vote for vote in self.group.gather_objects(mine) if vote is not None]
+
+    def _from_spare(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> Vote | None:
+        """Ask the controller for a spare's vote; every rank waits for the reporter's answer."""
+        self._alarm(held, suspect, votes, needs_third=True)
+        answer: list[dict[str, Any]] = []
+        if self.group.rank == self._reporter(suspect):
+            answer = self.daemon.wait_vote(held.step, suspect, THIRD_VOTE_S)
+        (cast,) = self.group.gather_objects(answer)[self._reporter(suspect)][:1] or (None,)
+        if cast is None:
+            return None
+        return Vote(
+            role=role,
+            node=str(cast["node"]),
+            device=str(cast["device"]),
+            pid=int(cast["pid"]),
+            digest=str(cast["digest"]),
+            alarm=bool(cast["alarm"]),
+        )
+
+    def _alarm(self, held: Held, suspect: int, votes: Sequence[Vote], needs_third: bool) -> None:
+        if self.group.rank != suspect:
+            return
+        self.daemon.report(
+            "gate_alarm",
+            {
+                **self._coordinates(held, suspect),
+                "device": self.members[suspect].device,
+                "attempt": held.attempt,
+                "alarms": [_alarm_body(alarm) for alarm in held.computation.alarms[:16]],
+                "votes": [vote_body(vote) for vote in votes],
+                "needs_third": needs_third,
+            },
+            urgent=True,
+        )
+
+    def _publish(self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling) -> None:
+        if self.group.rank != self._reporter(suspect):
+            return
+        self.daemon.report(
+            "replay_result",
+            {
+                **self._coordinates(held, suspect),
+                "votes": [vote_body(vote) for vote in votes],
+                "verdict": ruling.verdict.value if ruling.verdict else "",
+                "blamed_node": ruling.blamed_node or "",
+                "blamed_device": ruling.blamed_device or "",
+                "recurrent": ruling.recurrent,
+                "reason": ruling.reason,
+            },
+            urgent=True,
+        )
+
+    def _coordinates(self, held: Held, suspect: int) -> dict[str, Any]:
+        return {
+            "job": self.engine.spec.job,
+            "generation": held.generation,
+            "step": held.step,
+            "rank": suspect,
+        }
+
+
+def recompute(engine: Engine, gradients: Tensor, step: int, rank: int, here: Member, role: Role) -> Vote:
+    """One vote: `rank`'s gradients of `step`, computed on this device into `gradients` (float32 [flat]).
+
+    Attempts count from 1 and a replay is none of them, so a transient drill stays silent in it.
+    """
+    result = engine.compute(step, rank, 0, gradients)
+    return Vote(
+        role=role,
+        node=here.node,
+        device=here.device,
+        pid=os.getpid(),
+        digest=gradient_digest(gradients),
+        alarm=result.alarm,
+        finite=math.isfinite(result.reading) and math.isfinite(result.loss),
+    )
+
+
+def vote_body(vote: Vote) -> dict[str, Any]:
+    """A vote as it travels: assay.v1.Vote's fields."""
+    body = asdict(vote)
+    del body["finite"]
+    return body
+
+
+def _alarm_body(alarm: Any) -> dict[str, Any]:
+    body = asdict(alarm)
+    body["pass"] = body.pop("pass_")
+    return body

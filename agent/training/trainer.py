@@ -1,0 +1,314 @@
+"""The loop of one rank: find the state, then step by step compute, reduce, pass the gate, commit, report."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from agent.checkpoint.capture import Capture
+from agent.checkpoint.manifest import Manifest
+from agent.checkpoint.storage import Storage
+from agent.model.router import updated_bias
+from agent.slots import SlotRecord, Slots
+from agent.training.collective import Group
+from agent.training.engine import Computation, Engine, gradient_digest
+from agent.training.gate import Decision, Outcome, Row, decide
+from agent.training.optimizer import AdamW, clip_coefficient
+from agent.training.recovery import Recovery
+from agent.training.replay import Daemon, Held, Member, Replayer
+from agent.training.schedule import learning_rate
+from agent.training.transaction import Commit, Transaction
+from diagnostics.health import Verdict
+from diagnostics.verify.votes import Ruling
+
+#: Times a step is computed in one generation before the job is stopped: a transient fault needs two.
+MAX_ATTEMPTS = 6
+#: How long a rank waits to be replaced after a verdict that needs it; then it gives up and says so.
+REPLACEMENT_S = 300.0
+
+
+class StepRefused(RuntimeError):
+    """A step could not be committed, however often it was tried; the message is the explanation."""
+
+
+class Awaiting(RuntimeError):
+    """The gate holds until the controller replaces a device; raised when that never came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Which place in which generation this worker takes."""
+
+    job: str
+    generation: int
+    rank: int
+
+
+#: Called at (step, phase): drills strike here, by coordinates.
+Strike = Callable[[int, str], None]
+
+
+class Trainer:
+    """One rank of one generation."""
+
+    def __init__(
+        self, engine: Engine, group: Group, slots: Slots, seat: Seat, daemon: Daemon, here: Member, strike: Strike
+    ) -> None:
+        self.engine = engine
+        self.spec = engine.spec
+        self.group = group
+        self.slots = slots
+        self.seat = seat
+        self.daemon = daemon
+        self.strike = strike
+        self.settings = AdamW()
+        self.transaction = Transaction(slots, engine.layout)
+        self.storage = Storage(Path(self.spec.storage), seat.job)
+        members = [Member(*parts) for parts in group.gather_objects((here.node, here.device, here.pid))]
+        self.replayer = Replayer(engine, group, members, daemon)
+        self.recovery = Recovery(engine, group, self.transaction, self.storage, daemon, seat.generation)
+        self.capture: Capture | None = None
+        self.executions: Counter[int] = Counter()
+        self.doubted: tuple[int, list[int]] | None = None
+
+    def run(self) -> SlotRecord:
+        """Train to the last step; returns its record. Raises PeerLost, StepRefused, Awaiting."""
+        self._enter(0, "restore")
+        if self.group.rank == 0:
+            self.storage.fence(self.seat.generation)
+        self.group.barrier()
+        self.recovery.restore()
+        self.capture = self._capturer() if self.group.rank == 0 else None
+        while not self._finished():
+            self._step(self.transaction.record.step + 1)
+        if self.capture is not None:
+            self.capture.close()
+        return self.transaction.record
+
+    def _finished(self) -> bool:
+        """True once the last step is committed and a closing gate has made it final."""
+        record = self.transaction.record
+        if record.step < self.spec.steps:
+            return False
+        outcome, rows = self._gate(record.step + 1, 1, None)
+        if outcome.decision is Decision.ROLL_BACK:
+            self._roll_back(rows)
+            return False
+        self._settle(record.step)
+        return True
+
+    def _step(self, step: int) -> None:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            begun = time.monotonic()
+            computation, original = self._compute(step, attempt)
+            sensed = time.monotonic()
+            self._enter(step, "reduce")
+            self.strike(step, "reduce")
+            self.group.reduce(self.engine.gradients)
+            outcome, rows = self._gate(step, attempt, computation)
+            if outcome.decision is Decision.ROLL_BACK:
+                self._roll_back(rows)
+                return
+            self._settle(step - 1)
+            if outcome.decision is Decision.COMMIT:
+                record = self._commit(step, outcome, rows)
+                self._report(record, computation, outcome, begun, sensed)
+                return
+            self._hold(Held(self.seat.generation, step, attempt, computation, original), outcome)
+        raise StepRefused(f"step {step} still alarms after {MAX_ATTEMPTS} attempts")
+
+    def _compute(self, step: int, attempt: int) -> tuple[Computation, str]:
+        self._enter(step, "forward")
+        self.strike(step, "forward")
+        self.executions[step] += 1
+        self.engine.bind(self.transaction.state)
+        computation = self.engine.compute(step, self.group.rank, attempt, self.engine.gradients)
+        # The reduction overwrites these gradients, so an alarmed rank takes their digest now.
+        return computation, gradient_digest(self.engine.gradients) if computation.alarm else ""
+
+    def _gate(self, step: int, attempt: int, computation: Computation | None) -> tuple[Outcome, list[Row]]:
+        """One exchange; without a computation it only compares the digests of the last commit."""
+        self._enter(step, "gate")
+        self.strike(step, "gate")
+        record = self.transaction.record
+        row = Row(
+            generation=self.seat.generation,
+            step=step,
+            attempt=attempt,
+            alarm=computation.alarm if computation else False,
+            reading=computation.reading if computation else 0.0,
+            squared_norm=self._squared_norm() if computation else 0.0,
+            previous=record.step,
+            digest=record.digest,
+            loss=computation.loss if computation else 0.0,
+            counts=tuple(computation.counts.flatten().tolist()) if computation else (),
+        )
+        rows = [Row.unpack(values) for values in self.group.gather(row.pack())]
+        return decide(rows), rows
+
+    def _squared_norm(self) -> float:
+        """Of this rank's slice of the summed gradient, in float64."""
+        flat = self.engine.gradients
+        part = -(-flat.numel() // self.group.world)
+        mine = flat[self.group.rank * part : (self.group.rank + 1) * part]
+        return float(torch.linalg.vector_norm(mine, dtype=torch.float64)) ** 2
+
+    def _commit(self, step: int, outcome: Outcome, rows: list[Row]) -> SlotRecord:
+        if self.capture is not None:
+            self.capture.wait_copied()
+        self._enter(step, "commit")
+        self.strike(step, "commit")
+        record = self.transaction.commit(
+            self.engine.gradients,
+            self.settings,
+            Commit(
+                generation=self.seat.generation,
+                step=step,
+                lr=learning_rate(step, self.engine.preset),
+                coefficient=clip_coefficient(outcome.norm, self.settings.clip, self.group.world),
+                samples=self.group.world * self.engine.preset.micro_batch,
+                router_bias=self._bias(rows),
+            ),
+            self.engine.link,
+        )
+        self._settle_doubt(record)
+        self._enter(step, "capture")
+        self.strike(step, "capture")
+        if self.capture is not None and (step % self.spec.checkpoint_every == 0 or step == self.spec.steps):
+            self.capture.start(record, self.transaction.state)
+        return record
+
+    def _bias(self, rows: list[Row]) -> Tensor:
+        """Router bias after the step, from all ranks' counts (arXiv 2412.19437, section 2.1.2)."""
+        layout = self.engine.layout
+        old = layout.bias_rows(self.transaction.state.router_bias)
+        counts = torch.tensor([row.counts for row in rows]).sum(0).view(old.shape)
+        return torch.stack([updated_bias(b, c, self.settings.bias_gamma) for b, c in zip(old, counts, strict=True)])
+
+    def _settle(self, step: int) -> None:
+        """The gate agreed on the state of `step`."""
+        if self.capture is not None:
+            self.capture.finalise(step)
+
+    def _hold(self, held: Held, outcome: Outcome) -> None:
+        """Nothing is committed until every suspect has a verdict; afterwards the step is redone."""
+        self._enter(held.step, "replay")
+        for suspect in outcome.suspects:
+            ruling = self.replayer.judge(self._with_original(held, suspect), suspect)
+            self._act_on(ruling, held, suspect)
+
+    def _with_original(self, held: Held, suspect: int) -> Held:
+        """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh."""
+        if suspect != self.group.rank or held.original:
+            return held
+        self.engine.compute(held.step, suspect, 0, self.engine.gradients)
+        original = gradient_digest(self.engine.gradients)
+        return Held(held.generation, held.step, held.attempt, held.computation, original)
+
+    def _act_on(self, ruling: Ruling, held: Held, suspect: int) -> None:
+        if ruling.verdict is Verdict.FALSE_ALARM and suspect == self.group.rank:
+            self.engine.guard.recalibrate(held.computation.alarms)
+        if ruling.verdict is Verdict.SOFTWARE:
+            raise StepRefused(f"step {held.step}: {ruling.reason}")
+        if ruling.verdict is Verdict.CORRUPT and ruling.recurrent:
+            self._enter(held.step, "verdict")
+            self._await_replacement(ruling)
+
+    def _await_replacement(self, ruling: Ruling) -> None:
+        """The blamed device must go: the controller ends this worker. Only a lost controller lets this return."""
+        self.daemon.wait_vote(-1, -1, REPLACEMENT_S)
+        raise Awaiting(f"{ruling.blamed_node} was not replaced within {REPLACEMENT_S:.0f} s: {ruling.reason}")
+
+    def _roll_back(self, rows: list[Row]) -> None:
+        """States of the last commit differ: go back one step, on bits that still hash to their record, and redo it."""
+        step = self.transaction.record.step
+        self._enter(step, "restore")
+        if self.capture is not None:
+            self.capture.discard(step)
+            self.capture.close()
+        self.doubted = (step, [row.digest for row in rows])
+        self.recovery.roll_back()
+
+    def _settle_doubt(self, record: SlotRecord) -> None:
+        """After the redo it is plain whose state was wrong."""
+        if self.doubted is None or self.doubted[0] != record.step:
+            return
+        step, digests = self.doubted
+        self.doubted = None
+        wrong = [rank for rank, value in enumerate(digests) if value != record.digest]
+        if self.group.rank == next((r for r in range(self.group.world) if r not in wrong), 0):
+            self.daemon.report(
+                "digest_disagreement",
+                {
+                    "job": self.seat.job,
+                    "generation": self.seat.generation,
+                    "step": step,
+                    "digests": {rank: f"{value:016x}" for rank, value in enumerate(digests)},
+                    "blamed_rank": wrong[0] if len(wrong) == 1 else -1,
+                    "reason": f"step {step} was redone from step {step - 1}; the redo gave {record.digest:016x}",
+                },
+                urgent=True,
+            )
+
+    def _report(
+        self, record: SlotRecord, computation: Computation, outcome: Outcome, begun: float, sensed: float
+    ) -> None:
+        now = time.monotonic()
+        self.daemon.step(
+            {
+                "step": record.step,
+                "time": time.time(),
+                "loss": computation.loss,
+                "grad_norm": outcome.norm / self.group.world,
+                "reading": computation.reading,
+                "checks": computation.checks,
+                "attempts": self.executions.pop(record.step),
+                "digest": f"{record.digest:016x}",
+                "chain": f"{record.chain:016x}",
+                "step_s": now - begun,
+                "gate_s": now - sensed,
+                "tokens": computation.tokens,
+                "expert_load": computation.counts.flatten().tolist(),
+            }
+        )
+
+    def _capturer(self) -> Capture:
+        spec = self.spec
+        return Capture(
+            self.storage,
+            self.engine.layout,
+            Manifest(
+                job=spec.job,
+                generation=self.seat.generation,
+                step=0,
+                parent_step=self.recovery.parent_step(),
+                digest="",
+                chain="",
+                preset=spec.preset,
+                seed=spec.seed,
+                world=spec.world,
+                precision=spec.precision,
+                threads=spec.threads,
+                corpus=self.engine.corpus.digest,
+                fingerprint=fingerprint(spec.threads),
+                created=0.0,
+                tensors=(),
+            ),
+            self.daemon.report,
+        )
+
+    def _enter(self, step: int, phase: str) -> None:
+        self.slots.enter(self.seat.generation, step, phase)
+
+
+def fingerprint(threads: int) -> str:
+    """What bits depend on besides the job: instruction set, threads, library versions."""
+    return json.dumps(
+        {"isa": torch.backends.cpu.get_cpu_capability(), "threads": threads, "torch": torch.__version__},
+        sort_keys=True,
+    )

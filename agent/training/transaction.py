@@ -1,0 +1,125 @@
+"""The step transaction over two slots: what is committed, the commit itself, and the way back by one step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from agent.slots import SlotRecord, Slots
+from agent.training.layout import State, StateLayout
+from agent.training.optimizer import AdamW, update
+from diagnostics.sensors.digest import digest
+
+_MASK = (1 << 64) - 1
+#: Words of the meta region in use.
+SEED, STEP, SAMPLES, RNG = range(4)
+#: (previous chain, step, state digest) -> the next link.
+LinkOf = Callable[[int, int, int], int]
+
+
+class StateLost(RuntimeError):
+    """Neither slot holds a state that can be gone on from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What a commit needs besides the gradients: all of it is the same on every rank."""
+
+    generation: int
+    step: int
+    lr: float
+    coefficient: float
+    samples: int
+    router_bias: Tensor  # float32 [MoE layers, experts], after this step
+
+
+class Transaction:
+    """Reads the committed slot, writes the other, commits by one store.
+
+    Invariants: the committed slot is never written; between two commits the other slot holds the step before, or is
+    marked invalid while it is being written.
+    """
+
+    def __init__(self, slots: Slots, layout: StateLayout) -> None:
+        self.slots = slots
+        self.layout = layout
+        self._states = (layout.view(slots.state(0)), layout.view(slots.state(1)))
+
+    @property
+    def current(self) -> int:
+        """The committed slot's number. Raises StateLost before there is one."""
+        slot = self.slots.committed
+        if slot is None:
+            raise StateLost(f"{self.slots.path} holds no committed state")
+        return slot
+
+    @property
+    def record(self) -> SlotRecord:
+        """What is committed."""
+        record = self.slots.record(self.current)
+        if record is None:
+            raise StateLost(f"{self.slots.path} lost its committed record")
+        return record
+
+    @property
+    def state(self) -> State:
+        """The committed state."""
+        return self._states[self.current]
+
+    def slot_state(self, slot: int) -> State:
+        """The state in one slot, whatever it holds."""
+        return self._states[slot]
+
+    def commit(self, gradients: Tensor, settings: AdamW, change: Commit, link: LinkOf) -> SlotRecord:
+        """Apply the summed `gradients` (scaled in place) and commit; returns the new record."""
+        source = self.current
+        target = 1 - source
+        old, new = self._states[source], self._states[target]
+        before = self.record
+        self.slots.invalidate(target)
+        total = update(
+            self.layout,
+            old,
+            new,
+            gradients,
+            step=change.step,
+            lr=change.lr,
+            coefficient=change.coefficient,
+            settings=settings,
+        )
+        new.router_bias.copy_(old.router_bias)
+        self.layout.bias_rows(new.router_bias).copy_(change.router_bias)
+        new.meta.copy_(old.meta)
+        new.meta[STEP] = change.step
+        new.meta[SAMPLES] += change.samples
+        new.meta[RNG] = change.step
+        tail = 3 * self.layout.flat
+        state_digest = (total + digest(new.words[tail:], tail)) & _MASK
+        record = SlotRecord(change.generation, change.step, state_digest, link(before.chain, change.step, state_digest))
+        self.slots.write_record(target, record)
+        self.slots.commit(target)
+        return record
+
+    def adopt(self, slot: int, record: SlotRecord) -> None:
+        """Make `slot`, whose contents are complete, the committed one, and distrust the other."""
+        self.slots.write_record(slot, record)
+        self.slots.commit(slot)
+        self.slots.invalidate(1 - slot)
+
+    def previous(self) -> SlotRecord | None:
+        """The step before the committed one, if its slot still has the bits of its record."""
+        return self.verified(1 - self.current)
+
+    def verified(self, slot: int) -> SlotRecord | None:
+        """The slot's record if its contents hash to it now."""
+        record = self.slots.record(slot)
+        if record is None or digest(self._states[slot].words) != record.digest:
+            return None
+        return record
+
+    def holdings(self) -> list[SlotRecord]:
+        """What both slots hold, contents verified. A rank whose committed slot changed trusts none of its memory."""
+        committed = self.slots.committed
+        if committed is None or self.verified(committed) is None:
+            return []
+        return [record for slot in (0, 1) if (record := self.verified(slot)) is not None]

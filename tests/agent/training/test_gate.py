@@ -1,0 +1,86 @@
+"""The gate's decision: nothing suspicious commits, and every rank decides alike."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.training.gate import Decision, GateError, Row, decide, outvoted
+
+
+def row(**changes: object) -> Row:
+    fields = {
+        "generation": 1,
+        "step": 5,
+        "attempt": 1,
+        "alarm": False,
+        "reading": 0.1,
+        "squared_norm": 2.0,
+        "previous": 4,
+        "digest": 77,
+        "loss": 3.0,
+        "counts": (1, 2),
+    }
+    return Row(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_clean_rows_commit_with_the_norm_of_all_slices() -> None:
+    outcome = decide([row(squared_norm=9.0), row(squared_norm=16.0)])
+    assert outcome.decision is Decision.COMMIT
+    assert outcome.norm == 5.0
+
+
+def test_one_alarm_holds_the_step_and_names_the_rank() -> None:
+    outcome = decide([row(), row(alarm=True), row()])
+    assert (outcome.decision, outcome.suspects) == (Decision.REPLAY, (1,))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_norm_that_is_not_finite_never_commits(bad: float) -> None:
+    outcome = decide([row(), row(squared_norm=bad)])
+    assert (outcome.decision, outcome.suspects) == (Decision.REPLAY, (0, 1))
+
+
+def test_disagreement_about_the_last_commit_comes_before_alarms() -> None:
+    outcome = decide([row(digest=1), row(digest=2, alarm=True)])
+    assert outcome.decision is Decision.ROLL_BACK
+
+
+@pytest.mark.parametrize("field", ["generation", "step", "attempt", "previous"])
+def test_rows_that_do_not_belong_together_are_refused(field: str) -> None:
+    with pytest.raises(GateError, match="rank 1"):
+        decide([row(), row(**{field: 9})])
+
+
+@given(
+    st.builds(
+        row,
+        alarm=st.booleans(),
+        reading=st.floats(),
+        squared_norm=st.floats(),
+        digest=st.integers(0, 2**64 - 1),
+        loss=st.floats(),
+        counts=st.lists(st.integers(0, 2**31), max_size=5).map(tuple),
+    )
+)
+def test_a_row_survives_its_packing(one: Row) -> None:
+    values = one.pack()
+    assert all(-(2**63) <= value < 2**63 for value in values)
+    again = Row.unpack(values)
+    assert again.pack() == values  # NaN is not equal to itself, its bits are
+
+
+@given(st.lists(st.builds(row, alarm=st.booleans(), squared_norm=st.floats(0, 1e300) | st.just(math.inf)), min_size=1, max_size=6))
+def test_nothing_suspicious_commits(rows: list[Row]) -> None:
+    outcome = decide(rows)
+    suspicious = any(r.alarm for r in rows) or not math.isfinite(math.fsum(r.squared_norm for r in rows))
+    if suspicious:
+        assert outcome.decision is not Decision.COMMIT
+    else:
+        assert outcome.decision is Decision.COMMIT
+
+
+def test_a_majority_outvotes_and_a_tie_does_not() -> None:
+    assert outvoted([1, 1, 2]) == (2,)
+    assert outvoted([1, 2]) == ()

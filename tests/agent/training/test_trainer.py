@@ -1,0 +1,143 @@
+"""A generation of real ranks: what is committed, what is redone, and that faults leave no trace in the bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import flip_state, train
+
+from agent.drills import damage_newest
+
+Reports = list[list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def clean(home: Path) -> str:
+    """The digest and chain of six undisturbed steps."""
+    codes, reports = train(home / "clean")
+    assert codes == [0, 0]
+    return end(reports)
+
+
+def end(reports: Reports) -> str:
+    ends = {(r[-1]["digest"], r[-1]["chain"]) for r in reports if r[-1]["report"] == "end"}
+    assert len(ends) == 1, reports
+    return "/".join(ends.pop())
+
+
+def kinds(reports: Reports, kind: str) -> list[dict[str, Any]]:
+    return [entry for rank in reports for entry in rank if entry["report"] == kind]
+
+
+def sdc(step: int = 3, rank: int = 1, **params: str) -> list[dict[str, Any]]:
+    return [{"id": "drill-1", "kind": "sdc", "step": step, "rank": rank, "params": params}]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(home: Path, clean: str) -> None:
+    codes, again = train(home / "again")
+    assert (codes, end(again)) == ([0, 0], clean)
+    _, other = train(home / "other", seed=8)
+    assert end(other) != clean
+
+
+@pytest.mark.parametrize(
+    ("rank", "params"),
+    [
+        (0, {"op": "fprop", "bit": "20"}),
+        (1, {"op": "dgrad", "fault": "tile", "layer": "2"}),
+        (1, {"op": "wgrad", "fault": "stuck", "layer": "1"}),
+    ],
+)
+def test_a_transient_corruption_is_caught_before_it_commits(
+    home: Path, clean: str, rank: int, params: dict[str, str]
+) -> None:
+    codes, reports = train(home / f"sdc-{rank}-{params['op']}", drills=sdc(rank=rank, **params))
+    assert codes == [0, 0]
+    assert end(reports) == clean
+    (ruling,) = kinds(reports, "replay_result")
+    assert (ruling["verdict"], ruling["blamed_node"], ruling["recurrent"]) == ("CORRUPT", f"n{rank}", False)
+    assert {vote["node"] for vote in ruling["votes"]} == {"n0", "n1"}
+    assert [entry["attempts"] for entry in kinds(reports, "step") if entry["step"] == 3] == [2, 2]
+
+
+def test_without_sensors_the_same_corruption_commits(home: Path, clean: str) -> None:
+    """The negative control."""
+    codes, reports = train(home / "unguarded", drills=sdc(), sensors=False)
+    assert codes == [0, 0]
+    assert kinds(reports, "drill_fired")
+    assert not kinds(reports, "gate_alarm")
+    assert end(reports) != clean
+
+
+def test_sensors_change_no_bit(home: Path, clean: str) -> None:
+    _, reports = train(home / "sensors-off", sensors=False)
+    assert end(reports) == clean
+
+
+def test_a_tight_tolerance_is_found_false_and_changes_no_bit(home: Path, clean: str) -> None:
+    codes, reports = train(home / "tight", tolerance_scale=0.001)
+    assert (codes, end(reports)) == ([0, 0], clean)
+    assert {r["verdict"] for r in kinds(reports, "replay_result")} == {"FALSE_ALARM"}
+
+
+@pytest.mark.parametrize("phase", ["forward", "reduce", "gate", "commit", "capture"])
+def test_killed_in_any_phase_the_next_generation_ends_in_the_same_bits(home: Path, clean: str, phase: str) -> None:
+    folder = home / f"kill-{phase}"
+    drill = [{"id": "k", "kind": "kill", "step": 4, "rank": 0, "params": {"phase": phase}}]
+    codes, first = train(folder, drills=drill)
+    assert codes == [-9, 4]
+    assert "PeerLost" in first[1][-1]["error"]
+    codes, second = train(folder, generation=2, drills=drill)
+    assert (codes, end(second)) == ([0, 0], clean)
+    resumed = kinds(second, "resumed")
+    assert {entry["source"] for entry in resumed} == {"live"}
+    assert {entry["step"] for entry in resumed} <= {3, 4}
+
+
+def test_memory_that_changed_while_nobody_trained_is_replaced_from_the_peer(home: Path, clean: str) -> None:
+    folder = home / "flipped-between"
+    train(folder, steps=3)
+    flip_state(folder / "n1" / "job.slots")
+    codes, reports = train(folder, generation=2)
+    assert (codes, end(reports)) == ([0, 0], clean)
+    assert [entry["source"] for entry in kinds(reports, "resumed")] == ["live", "replica"]
+
+
+def test_memory_that_changes_in_a_step_is_rolled_back_and_blamed(home: Path, clean: str) -> None:
+    codes, reports = train(home / "flipped", flip=(1, 3, "forward"))
+    assert (codes, end(reports)) == ([0, 0], clean)
+    (found,) = kinds(reports, "digest_disagreement")
+    assert (found["step"], found["blamed_rank"]) == (3, 1)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(home: Path, clean: str) -> None:
+    folder = home / "damaged"
+    train(folder, steps=4, checkpoint_every=2)
+    damage_newest(folder / "checkpoints" / "job")
+    for rank in range(2):
+        (folder / f"n{rank}" / "job.slots").unlink()
+    codes, reports = train(folder, generation=2, checkpoint_every=2)
+    assert (codes, end(reports)) == ([0, 0], clean)
+    assert {entry["step"] for entry in kinds(reports, "shard_refused")} == {4}
+    assert {(entry["source"], entry["step"]) for entry in kinds(reports, "resumed")} == {("checkpoint", 2)}
+
+
+def test_an_older_generation_is_fenced_off(home: Path) -> None:
+    folder = home / "fenced"
+    train(folder, generation=5, steps=1)
+    codes, reports = train(folder, generation=4, steps=1)
+    assert codes[0] == 4
+    assert "generation 5 owns" in reports[0][-1]["error"]
+
+
+def test_a_persistent_corruption_waits_for_the_device_to_be_replaced(home: Path) -> None:
+    codes, reports = train(home / "persistent", drills=sdc(persistent="1"))
+    assert codes == [3, 3]
+    (ruling,) = kinds(reports, "replay_result")
+    assert (ruling["verdict"], ruling["blamed_node"], ruling["recurrent"]) == ("CORRUPT", "n1", True)
+    assert max(entry["step"] for entry in kinds(reports, "step")) == 2
