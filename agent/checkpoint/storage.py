@@ -132,7 +132,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def tensor_digest(array: NDArray[np.generic], word: int) -> int:
     """The tensor's part of the state's digest; `word` is where it starts, in 32-bit words."""
-    return digest_bytes(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)), word)
+    return digest_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, word)
 
 
 def _sync(path: Path) -> None:

@@ -96,7 +96,8 @@ def output_norms(left: Operand, right: Tensor, signs: Signs, bias: Tensor | None
     seen = left.value @ (right @ probes)
     if bias is not None:
         seen = seen + bias.to(probes.dtype) @ probes
-    estimate = torch.linalg.vector_norm(seen, dim=1, dtype=torch.float32).square_().mul_(1 / PROBES)
+    estimate: Tensor = torch.linalg.vector_norm(seen, dim=1, dtype=torch.float32).square_().mul_(1 / PROBES)
     squares = left.row_norms.square()
     gain = estimate.sum() / squares.sum().clamp(min=NORM_FLOOR**2)
-    return estimate.add_(squares.mul_(gain)).sqrt_()
+    estimate.add_(squares.mul_(gain)).sqrt_()
+    return estimate
