@@ -22,7 +22,7 @@ PHASE = "forward"
 FLUSH_S = 0.5
 #: Longest wait of the other ranks for the damaged checkpoint before they end themselves.
 DAMAGE_S = 10.0
-_KEYS = {"layer", "op", "fault", "bit", "persistent", "phase", "seed"}
+_KEYS = {"rank", "node", "layer", "op", "fault", "bit", "persistent", "phase"}
 
 
 class DrillError(ValueError):

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from agent.model import PRESETS, V3
+from benchmarks._figures import Figure, document
 from diagnostics.faults.inject import Injector
 from diagnostics.faults.spec import OPS, FaultSpec, Kind
 from diagnostics.sensors.digest import digest, digest_bytes
@@ -37,26 +35,6 @@ FP32_BITS = (20, 21, 22, 23, 26, 31)
 BF16_BITS = (16, 18, 20, 21, 22, 23, 26, 31)
 SEED = 20_000  # none of the seeds the tolerances were calibrated on
 HASH_BYTES = 64 << 20  # well outside the caches
-
-
-@dataclass
-class Figure:
-    """One published figure; keys as in docs, null where they do not apply."""
-
-    name: str
-    value: float
-    unit: str
-    better: str
-    target: float | None = None
-    met: bool | None = None
-    peer: str | None = None
-    peer_value: float | None = None
-    coverage: str | None = None
-    samples: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.target is not None and self.met is None:
-            self.met = self.value >= self.target if self.better == "higher" else self.value <= self.target
 
 
 class Bench:
@@ -229,9 +207,7 @@ def main() -> None:
             figures.extend(recall(bench, each, tick))
         figures.extend(hash_speed(5 if quick else 20))
         figures.extend(hash_misses(trials))
-    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
-    document = {"schema": "assay.bench/1", "name": "sensor_visibility", "machine": machine}
-    print(json.dumps(document | {"figures": [asdict(figure) for figure in figures]}, indent=1))
+    print(document("sensor_visibility", figures, threads=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""The document every benchmark prints: figures with their targets and peers, and the machine they were taken on."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+SCHEMA = "assay.bench/1"
+
+
+@dataclass
+class Figure:
+    """One published figure; keys that do not apply are null. `better` is "lower" or "higher"."""
+
+    name: str
+    value: float
+    unit: str
+    better: str
+    target: float | None = None
+    met: bool | None = None
+    peer: str | None = None
+    peer_value: float | None = None
+    coverage: str | None = None
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.met is None:
+            self.met = self.value >= self.target if self.better == "higher" else self.value <= self.target
+
+
+def document(name: str, figures: Sequence[Figure], threads: int) -> str:
+    """The JSON document for stdout."""
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": metadata.version("torch"),
+        "threads": threads,
+    }
+    body = {"schema": SCHEMA, "name": name, "machine": machine, "figures": [asdict(figure) for figure in figures]}
+    return json.dumps(body, indent=1)

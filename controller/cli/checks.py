@@ -1,0 +1,107 @@
+"""What must hold before anything of a run is started; each check ends in one line and its exit code."""
+
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from controller.cli.errors import ConditionError, UsageError
+from controller.cli.presets import LAYERS, STATE_BYTES
+from controller.local.plan import OBJECT_STORE_BYTES, port_is_free
+from controller.store.errors import StoreError
+from controller.store.opening import open_store
+
+#: Checkpoints that exist at once: those that are kept and the one that is being written.
+CHECKPOINTS = 5
+#: Database, logs, evidence and the corpus cache.
+OTHER_BYTES = 150_000_000
+#: Two state slots and one replica of a rank.
+SLOTS = 3
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def preset(name: str) -> str:
+    """A preset that exists."""
+    if name not in LAYERS:
+        raise UsageError(f"unknown preset {name!r}; known are {', '.join(LAYERS)}")
+    return name
+
+
+def scale(value: float) -> float:
+    """A tolerance scale that is a positive number."""
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"--tolerance-scale must be above 0, not {value}")
+    return value
+
+
+def corpus(path: str | None) -> str | None:
+    """A corpus that exists and has bytes, as an absolute path. None is Python's own sources."""
+    if path is None:
+        return None
+    found = Path(path)
+    if not found.exists():
+        raise UsageError(f"corpus {path} does not exist")
+    try:
+        if not any(file.stat().st_size for file in _files(found)):
+            raise UsageError(f"corpus {path} is empty")
+    except OSError as error:
+        raise UsageError(f"corpus {error.filename or path} cannot be read: {error.strerror}") from error
+    if not os.access(found, os.R_OK):
+        raise UsageError(f"corpus {path} cannot be read")
+    return str(found.absolute())
+
+
+def ray() -> None:
+    """Ray can be imported; importing it here would cost a second."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConditionError("Ray is not installed: pip install 'ray>=2.60'")
+
+
+def port(number: int | None) -> None:
+    """The status page's port can be listened on."""
+    if number is not None and not port_is_free(number):
+        raise ConditionError(f"port {number} is in use: choose another with --port, or leave it out")
+
+
+def directory(path: Path) -> None:
+    """The run directory exists or can be made, and can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConditionError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def database(url: str) -> None:
+    """The database opens, can be written, and is not from a newer version."""
+    try:
+        open_store(url).close()
+    except StoreError as error:
+        raise ConditionError(str(error)) from error
+
+
+def room(path: Path, name: str, nodes: int, spares: int) -> None:
+    """There is room for the checkpoints on disk, and for slots and object stores in shared memory."""
+    state = STATE_BYTES[name]
+    _free(path, CHECKPOINTS * state + OTHER_BYTES)
+    _free(SHARED_MEMORY, nodes * SLOTS * state + (nodes + spares + 1) * OBJECT_STORE_BYTES)
+
+
+def _free(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise ConditionError(f"no room in {path}: {free >> 20} MiB are free, {needed >> 20} MiB are needed")
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file, or what the training would read below the folder: regular files that are not hidden."""
+    if not path.is_dir():
+        yield path
+        return
+    for folder, below, names in os.walk(path):
+        below[:] = [name for name in below if not name.startswith(".") and name != "__pycache__"]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))

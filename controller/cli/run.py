@@ -1,0 +1,264 @@
+"""`assay run`: a whole cluster on this machine for one job, from the first process to the summary."""
+
+import json
+import os
+import secrets
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from controller.cli import checks, drills
+from controller.cli.client import Operator
+from controller.cli.errors import INTERRUPTED, OK, CommandError, ConditionError, UnreachableError, UsageError
+from controller.cli.follow import Display, follow
+from controller.cli.output import output_option, print_json, say
+from controller.cli.presets import LAYERS
+from controller.cli.reading import queries, told
+from controller.cli.rundir import RunDirectory, load
+from controller.cli.session import Session, Stopped, stoppable
+from controller.cli.summary import print_summary
+from controller.core.events import Drill
+from controller.local.plan import Plan, make_plan
+from controller.store.opening import database_url
+
+SPEC_SCHEMA = "assay.job/1"
+#: Interval of checkpoints, in steps: the main job of 40 steps has four.
+CHECKPOINT_EVERY = 10
+#: torch threads of a rank. Bits depend on it, so it must not follow the machine's number of cores.
+THREADS = 1
+#: Addresses 127.0.0.2 to 127.0.0.254.
+MOST_NODES = 250
+#: Importing, migrating and listening takes the controller about a second; on a crowded machine many.
+CONTROLLER_S = 60.0
+CANCEL_S = 0.5
+#: Options that a resumed run takes from the run directory; given again, they must agree.
+_FROZEN = ("preset", "seed", "precision", "corpus", "sensors", "tolerance_scale", "checkpoint_every")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A run that was checked: what to train, on how many nodes, and where."""
+
+    directory: Path
+    database: str
+    spec: dict[str, Any]
+    nodes: int
+    spares: int
+    port: int | None
+    drills: tuple[Drill, ...]
+
+    @property
+    def job(self) -> str:
+        """The job's id."""
+        return str(self.spec["job"])
+
+
+@click.command("run")
+@click.option("--preset", default="tiny", show_default=True, help=f"The model: {', '.join(LAYERS)}.")
+@click.option("--nodes", default=2, show_default=True, type=click.IntRange(1, MOST_NODES), help="Nodes, a rank each.")
+@click.option("--spares", default=1, show_default=True, type=click.IntRange(0, MOST_NODES), help="Spare nodes.")
+@click.option("--steps", default=40, show_default=True, type=click.IntRange(min=1, max=2**31), help="Steps to train.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Everything follows it.")
+@click.option("--drill", "texts", multiple=True, metavar="KIND@STEP[:key=value,...]", help="A fault on purpose.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Keep all of the run here. [default: fresh]")
+@click.option("--db", help="The database's URL. [default: sqlite, in the run's directory]")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the status page. [default: a free one]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--corpus", help="A file or folder to train on. [default: Python's own sources]")
+@click.option("--sensors", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Sense corruption.")
+@click.option("--tolerance-scale", type=float, default=1.0, show_default=True, help="Scales every tolerance.")
+@click.option("--checkpoint-every", default=CHECKPOINT_EVERY, show_default=True, type=click.IntRange(min=1))
+@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this directory.")
+@output_option
+@click.pass_context
+def command(ctx: click.Context, /, texts: tuple[str, ...], form: str, **options: Any) -> int:
+    """Train a job on a cluster of its own on this machine."""
+    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    order = resumed_order(options, given, texts) if options["resume"] else new_order(options, texts)
+    check_machine(order)
+    plan = make_plan(order.directory, order.database, order.nodes, order.spares, order.port or 0, _otlp())
+    say(f"status {plan.status_url} dir {order.directory}")
+    try:
+        with stoppable():
+            document = execute(order, plan)
+    except Stopped as stopped:
+        say(f"stopped; go on with: assay run --resume {order.directory}")
+        return INTERRUPTED if stopped.number == signal.SIGINT else 128 + stopped.number
+    if form == "json":
+        print_json(document)
+    else:
+        print_summary(document)
+    if document["status"] == "COMPLETED":
+        return OK
+    raise CommandError(f"job {order.job} {str(document['status']).lower()}: {document['reason']}")
+
+
+def new_order(options: dict[str, Any], texts: tuple[str, ...]) -> Order:
+    """Check the options of a fresh run. Raises UsageError."""
+    checks.preset(options["preset"])
+    job = f"job-{secrets.token_hex(4)}"
+    directory = (options["directory"] or Path("assay-runs") / job).absolute()
+    if (directory / "run.json").exists():
+        raise UsageError(f"{directory} holds a run already: go on with --resume {directory}, or name another --dir")
+    spec = {
+        "schema": SPEC_SCHEMA,
+        "job": job,
+        "steps": options["steps"],
+        "world": options["nodes"],
+        **_frozen(options),
+        "storage": str(directory / "checkpoints"),
+        "threads": THREADS,
+        "cache": str(directory / "cache"),
+    }
+    database = options["db"] or database_url(directory)
+    return _order(directory, database, spec, options, texts)
+
+
+def resumed_order(options: dict[str, Any], given: set[str], texts: tuple[str, ...]) -> Order:
+    """Take the job from its directory; options that are given must agree, only steps may grow. Raises UsageError."""
+    directory = options["resume"].absolute()
+    run = load(directory)
+    if run.running:
+        raise ConditionError(f"the run in {directory} is still running")
+    if "directory" in given and options["directory"].absolute() != directory:
+        raise UsageError(f"--dir {options['directory']} is not --resume {directory}")
+    known = {**run.spec, "nodes": run.nodes, "spares": run.spares, "db": run.database}
+    wanted = {**options, **_frozen(options)}
+    for name in (*_FROZEN, "nodes", "spares", "db"):
+        if name in given and wanted[name] != known[name]:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is {known[name]} in the run in {directory}; it cannot become {wanted[name]}")
+    steps = options["steps"] if "steps" in given else run.spec["steps"]
+    if steps < run.spec["steps"]:
+        raise UsageError(f"--steps is {run.spec['steps']} in the run in {directory}; it may only grow")
+    spec = {**run.spec, "steps": steps}
+    checks.preset(str(spec["preset"]))
+    checks.corpus(spec["corpus"])
+    merged = {**options, "nodes": run.nodes, "spares": run.spares, "preset": spec["preset"]}
+    return _order(directory, run.database, spec, merged, texts)
+
+
+def check_machine(order: Order) -> None:
+    """Everything that must hold here, before anything is started. Raises ConditionError."""
+    checks.ray()
+    checks.port(order.port)
+    checks.directory(order.directory)
+    checks.room(order.directory, str(order.spec["preset"]), order.nodes, order.spares)
+    checks.database(order.database)
+
+
+def execute(order: Order, plan: Plan) -> dict[str, Any]:
+    """Start the cluster, train, stop everything; the run's document, read when all is stored."""
+    session = Session(plan)
+    record: RunDirectory | None = None
+    with told():
+        try:
+            session.start()
+            record = _record(order, plan, session.pid)
+            record.save(order.directory)
+            _train(order, plan, session, record)
+        except Stopped:
+            _cancel(plan, order.job)
+            raise
+        finally:
+            session.stop()
+            if record is not None:
+                record.end(order.directory, time.time())
+        with queries(record) as ask:
+            return ask.run(order.job, str(order.directory), plan.status_url)
+
+
+def _train(order: Order, plan: Plan, session: Session, record: RunDirectory) -> None:
+    with Display(int(order.spec["steps"])) as display:
+        display.tell("starting the controller, Ray and the agents")
+        _submit(order, plan, session)
+        with queries(record) as ask:
+            follow(ask, order.job, display, session.check)
+
+
+def _submit(order: Order, plan: Plan, session: Session) -> None:
+    """Hand in the job as soon as the controller answers."""
+    deadline = time.monotonic() + CONTROLLER_S
+    with Operator(plan.grpc, deadline=1.0) as operator:
+        while True:
+            session.check()
+            try:
+                operator.submit(json.dumps(order.spec), order.drills, "assay run")
+                return
+            except UnreachableError as error:
+                if time.monotonic() > deadline:
+                    raise CommandError(f"the controller did not start: {_last_line(order.directory)}") from error
+
+
+def _cancel(plan: Plan, job: str) -> None:
+    """Tell the controller that this end is wanted, if it can be told at once: the job is then no outage."""
+    with Operator(plan.grpc, deadline=CANCEL_S) as operator:
+        try:
+            operator.cancel(job, "interrupted")
+        except CommandError:
+            return
+
+
+def _record(order: Order, plan: Plan, pid: int) -> RunDirectory:
+    return RunDirectory(
+        job=order.job,
+        spec=order.spec,
+        nodes=order.nodes,
+        spares=order.spares,
+        status_url=plan.status_url,
+        grpc=plan.grpc,
+        database=order.database,
+        supervisor_pid=pid,
+        started_at=time.time(),
+    )
+
+
+def _order(
+    directory: Path, database: str, spec: dict[str, Any], options: dict[str, Any], texts: tuple[str, ...]
+) -> Order:
+    nodes, spares = options["nodes"], options["spares"]
+    if nodes + spares > MOST_NODES:
+        raise UsageError(f"{nodes} nodes and {spares} spares are more than the {MOST_NODES} that fit one machine")
+    names = frozenset(f"n{i}" for i in range(nodes + spares))
+    bounds = drills.Bounds(spec["steps"], nodes, names, LAYERS[spec["preset"]])
+    try:
+        made = tuple(drills.parse(text, bounds, _drill_id(text, i)) for i, text in enumerate(texts))
+    except drills.DrillError as error:
+        raise UsageError(str(error)) from error
+    return Order(directory, database, spec, nodes, spares, options["port"], made)
+
+
+def _drill_id(text: str, number: int) -> str:
+    """Names a file on the job's storage; unique over resumed runs."""
+    plain = "".join(c for c in text.partition(":")[0] if c.isascii() and c.isalnum())[:24]
+    return f"{plain}-{number}-{secrets.token_hex(3)}"
+
+
+def _frozen(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "preset": options["preset"],
+        "seed": options["seed"],
+        "precision": options["precision"],
+        "corpus": checks.corpus(options["corpus"]),
+        "sensors": options["sensors"] == "on",
+        "tolerance_scale": checks.scale(options["tolerance_scale"]),
+        "checkpoint_every": options["checkpoint_every"],
+    }
+
+
+def _otlp() -> str | None:
+    """The standard variable of OpenTelemetry, read once for all processes of the run."""
+    return os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
+def _last_line(directory: Path) -> str:
+    try:
+        lines = (directory / "logs" / "controller.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else "it said nothing"

@@ -1,0 +1,255 @@
+"""Held steps: the third vote for a commit gate, and what follows from its verdict."""
+
+from dataclasses import replace
+
+from controller.core.actions import AskHuman, DeliverVote, Replay
+from controller.core.change import Change
+from controller.core.events import AuditResult, DigestDisagreement, GateAlarm, ReplayResult, Vote
+from controller.core.incidents import add_votes, open_incident
+from controller.core.jobs import end
+from controller.core.nodes import accuse, quarantine
+from controller.core.placement import has_replacement, ready
+from controller.core.restarts import require
+from controller.core.state import Gate, Incident, Job, JobStatus, Node
+
+CORRUPT, FALSE_ALARM, UNDECIDED, SOFTWARE = "CORRUPT", "FALSE_ALARM", "UNDECIDED", "SOFTWARE"
+
+
+def gate_alarm(change: Change, event: GateAlarm) -> None:
+    """A gate holds a step. Opens its incident once, and arranges a third vote when the gate asks for one."""
+    job = _running(change, event.job, event.generation, event.node)
+    if job is None or job.placed(event.rank) is None:
+        return
+    worst = max(event.alarms, key=lambda alarm: alarm.reading, default=None)
+    where = f": {worst.sensor} of {worst.module} {worst.pass_} reads {worst.reading:.3g}" if worst else ""
+    text = f"rank {event.rank} alarmed at step {event.step}{where}; the gate holds the step"
+    gate = _gate(change, job, event.step, event.rank, text, device=event.device)
+    incident = change.incident(gate.incident)
+    add_votes(incident, event.votes)
+    if event.attempt > gate.attempt > 0:
+        change.note(gate.incident, f"attempt {event.attempt} of step {event.step} alarmed too")
+    gate = _keep(job, replace(gate, attempt=max(gate.attempt, event.attempt)))
+    if event.needs_third and event.attempt > gate.asked and not job.restart:
+        _ask(change, job, _keep(job, replace(gate, asked=event.attempt)), event.attempt)
+
+
+def replay_result(change: Change, event: ReplayResult) -> None:
+    """A spare's vote for a gate, or the gate's verdict."""
+    if not event.verdict:
+        _third_vote(change, event)
+        return
+    job = _running(change, event.job, event.generation, event.node)
+    if job is None or job.placed(event.rank) is None:
+        return
+    gate = _gate(change, job, event.step, event.rank, f"rank {event.rank} alarmed at step {event.step}")
+    attempt = max(gate.attempt, 1)
+    if gate.judged >= attempt:
+        return  # every rank reports the verdict of its gate; the first one counts
+    _keep(job, replace(gate, attempt=attempt, judged=attempt))
+    add_votes(change.incident(gate.incident), event.votes)
+    rule(change, job, gate.incident, event)
+
+
+def rule(change: Change, job: Job, key: str, event: ReplayResult) -> None:
+    """Act on a verdict. Only a confirmed corruption raises suspicion, and only a repeated one costs a restart."""
+    incident = change.incident(key)
+    incident.verdict = event.verdict
+    incident.decided_at = change.now
+    change.note(key, f"decided: {event.verdict}{', recurrent' if event.recurrent else ''}: {event.reason}")
+    if event.verdict == CORRUPT:
+        _corrupt(change, job, incident, event)
+    elif event.verdict == SOFTWARE:
+        why = f"step {event.step} comes out wrong everywhere: {event.reason}"
+        end(change, job, JobStatus.FAILED, why, key)
+    elif event.verdict == UNDECIDED:
+        question = f"Which device corrupted rank {event.rank} at step {event.step}? {event.reason}"
+        change.act(AskHuman, job, "", event.reason, incident=key, question=question)
+        if event.recurrent:
+            why = f"step {event.step} keeps failing its checks, and there is no other device to compare on"
+            end(change, job, JobStatus.FAILED, why, key)
+
+
+def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
+    """Ranks committed different states. The gate rolls back and redoes the step; the blamed device is held to it."""
+    job = _running(change, event.job, event.generation, event.node)
+    if job is None:
+        return
+    place = job.placed(event.blamed_rank)
+    texts = ", ".join(f"rank {rank} {digest}" for rank, digest in sorted(event.digests.items()))
+    text = f"the states after step {event.step} differ: {texts}"
+    # The gate and the record both compare digests: the first to report them speaks for both.
+    known = [gate for gate in job.gates.values() if gate.step == event.step]
+    if any(change.state.incidents[gate.incident].before_commit is False for gate in known):
+        return
+    gate = _gate(change, job, event.step, event.blamed_rank, text, before_commit=False)
+    _keep(job, replace(gate, attempt=gate.attempt + 1, judged=gate.attempt + 1))
+    verdict = ReplayResult(
+        time=event.time,
+        node=event.node,
+        job=event.job,
+        generation=event.generation,
+        step=event.step,
+        rank=event.blamed_rank,
+        votes=(),
+        verdict=CORRUPT if place else UNDECIDED,
+        blamed_node=place.node if place else "",
+        blamed_device=place.device if place else "",
+        recurrent=False,
+        reason=event.reason,
+        action_id="",
+    )
+    rule(change, job, gate.incident, verdict)
+
+
+def audit_result(change: Change, event: AuditResult) -> None:
+    """A spare's recomputation differs from what a rank committed: two witnesses disagree, so a person has to judge."""
+    job = _running(change, event.job, event.generation, "")
+    if job is None or event.equal or job.placed(event.rank) is None:
+        return
+    text = f"an audit on {event.node} found other bits for rank {event.rank} at step {event.step}"
+    gate = _gate(change, job, event.step, event.rank, text, before_commit=False)
+    if gate.judged:
+        return
+    _keep(job, replace(gate, attempt=1, judged=1))
+    change.incident(gate.incident).verdict = UNDECIDED
+    question = f"{text}: expected {event.expected}, found {event.found}. Which device is bad?"
+    change.act(AskHuman, job, "", text, incident=gate.incident, question=question)
+
+
+def advance(change: Change, job: Job) -> None:
+    """Give up on third votes that did not come in time."""
+    for gate in [gate for _, gate in sorted(job.gates.items()) if gate.replay and change.now >= gate.vote_due]:
+        no_vote(change, job, gate.replay, f"no vote came within {change.policy.third_vote_s:.0f} s")
+
+
+def wakes(job: Job) -> list[float]:
+    """When `advance` may do something though nothing happened (seconds since 1970)."""
+    return [gate.vote_due for gate in job.gates.values() if gate.replay]
+
+
+def no_vote(change: Change, job: Job, replay: str, why: str) -> None:
+    """There will be no third vote from the Replay of that id: the gate must decide without."""
+    gate = next((gate for gate in job.gates.values() if gate.replay == replay), None)
+    if gate is not None:
+        _deliver(change, job, gate, (), why)
+
+
+def _running(change: Change, job_id: str, generation: int, reporter: str) -> Job | None:
+    """The job to alter, if the news is of its running generation and from a member of it (or from the controller)."""
+    known = change.state.jobs.get(job_id)
+    if known is None or known.generation != generation or known.status is not JobStatus.RUNNING:
+        return None
+    if reporter and not known.holds(reporter):
+        return None
+    return change.job(job_id)
+
+
+def _gate(
+    change: Change, job: Job, step: int, rank: int, text: str, *, device: str = "", before_commit: bool = True
+) -> Gate:
+    """The held step, with an incident of its own; opened at its first news."""
+    key = f"{step}/{rank}"
+    if key not in job.gates:
+        incident = open_incident(
+            change, job, "sdc", text, rank=rank, device=device, step=step, before_commit=before_commit
+        )
+        job.gates[key] = Gate(step, rank, incident)
+    return job.gates[key]
+
+
+def _keep(job: Job, gate: Gate) -> Gate:
+    job.gates[f"{gate.step}/{gate.rank}"] = gate
+    return gate
+
+
+def _ask(change: Change, job: Job, gate: Gate, attempt: int) -> None:
+    """Have a node without a rank recompute the suspect's gradients, from the state of another rank if there is one."""
+    nodes = [node for _, node in sorted(change.state.nodes.items())]
+    third = next((node for node in nodes if not job.holds(node.name) and ready(node, job)), None)
+    if third is None:
+        _deliver(change, job, gate, (), "no spare has a warm worker for a third vote")
+        return
+    source = _source(change, job, gate.rank)
+    replay = change.act(
+        Replay,
+        job,
+        third.name,
+        f"rank {gate.rank} and its peer differ at step {gate.step}: a third vote decides",
+        incident=gate.incident,
+        seconds=change.policy.third_vote_s,
+        spec=job.spec,
+        step=gate.step,
+        rank=gate.rank,
+        source_rank=source[0],
+        source=source[1].peer_endpoint,
+        attempt=attempt,
+    )
+    _keep(job, replace(gate, replay=replay.id, vote_due=replay.deadline))
+
+
+def _source(change: Change, job: Job, suspect: int) -> tuple[int, Node]:
+    """The rank to read the state from: a suspect's own is the last choice, and so is a node that cannot be reached."""
+    places = [(place.rank, change.state.nodes[place.node]) for place in job.placements]
+    return min(places, key=lambda place: (place[0] == suspect, not place[1].linked, place[0]))
+
+
+def _third_vote(change: Change, event: ReplayResult) -> None:
+    known = change.state.jobs.get(event.job)
+    gate = None
+    if known is not None and known.generation == event.generation:
+        gate = next((gate for gate in known.gates.values() if gate.replay and gate.replay == event.action_id), None)
+    if known is None or gate is None or event.node != _asked(change, gate):
+        return
+    job = change.job(known.id)
+    add_votes(change.incident(gate.incident), event.votes)
+    _deliver(change, job, gate, event.votes, f"{event.node} has voted")
+
+
+def _asked(change: Change, gate: Gate) -> str:
+    """The node whose vote is awaited; the id of the order tells it even after the order was acknowledged."""
+    action = change.state.outstanding.get(gate.replay)
+    return action.node if action is not None else gate.replay.split("/")[-2]
+
+
+def _deliver(change: Change, job: Job, gate: Gate, votes: tuple[Vote, ...], why: str) -> None:
+    """Hand the third vote, or the news that there is none, to every rank: each gate waits for it."""
+    _keep(job, replace(gate, replay="", vote_due=0.0))
+    for name in dict.fromkeys(place.node for place in job.placements):
+        body = {"step": gate.step, "rank": gate.rank, "votes": votes}
+        change.act(DeliverVote, job, name, why, incident=gate.incident, **body)
+
+
+def _corrupt(change: Change, job: Job, incident: Incident, event: ReplayResult) -> None:
+    """A device is confirmed to have corrupted a step: remember it, and replace its node if it will do it again."""
+    place = next((item for item in job.placements if item.node == event.blamed_node), None)
+    device = event.blamed_device or (place.device if place else "")
+    incident.node, incident.device = event.blamed_node or incident.node, device or incident.device
+    last = job.corruptions.get(device)
+    job.corruptions[device] = event.step
+    level = accuse(change, event.blamed_node, device)
+    reasons = []
+    if event.recurrent:
+        reasons.append("its fault recurs")
+    # The same step again is the redo of a held step: a fault that stayed.
+    if last is not None and 0 <= event.step - last <= change.policy.recurrence_steps:
+        reasons.append(f"it corrupted step {last} and now step {event.step}")
+    if level >= change.policy.quarantine_at:
+        reasons.append(f"suspicion of it has come to {level:.2f}")
+    if reasons and event.blamed_node in change.state.nodes:
+        _replace(change, job, incident.id, event.blamed_node, f"{device}: {'; '.join(reasons)}")
+    elif reasons:
+        change.act(AskHuman, job, "", event.reason, incident=incident.id, question=f"Where is {device}? {reasons[0]}.")
+
+
+def _replace(change: Change, job: Job, key: str, name: str, why: str) -> None:
+    """Quarantine a node and put another in its place; without another, a person has to find one."""
+    quarantine(change, name, job, why, key)
+    if not job.holds(name):
+        return
+    if not has_replacement(change, job):
+        question = f"{name} is quarantined ({why}) and no spare is left. Add a node, then submit {job.id} again."
+        change.act(AskHuman, job, "", why, incident=key, question=question)
+        end(change, job, JobStatus.FAILED, f"{name} is quarantined and no spare is left: {why}", key)
+        return
+    job.outage = job.outage or key
+    require(change, job, job.outage, why, known=True, avoid=(name,), first=name)

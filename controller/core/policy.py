@@ -1,0 +1,54 @@
+"""The thresholds of the decisions, in one place, each with its reason."""
+
+from dataclasses import dataclass, fields, replace
+from math import isfinite
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What may be tuned without touching a rule. Times are in seconds."""
+
+    # A survivor's lost collective reaches us before or after the report of its cause; reports leave an agent at once
+    # and cross a network in milliseconds, a raylet's death is seen in 32 ms: one second is ample and barely felt.
+    cause_wait_s: float = 1.0
+    # An agent reconnects after 50 ms first. A link that is down for a second is not a hiccup.
+    link_grace_s: float = 1.0
+    # A new controller meets no links at all. Agents back off to 2 s at most, so twice that is silence.
+    reconnect_grace_s: float = 4.0
+    # Importing torch and starting an actor takes 1.4 s alone, some 4 s beside a training run on two cores.
+    standby_wait_s: float = 5.0
+    # How long a job waits for a lost node when no spare is left. Ray itself gives a cluster 60 s.
+    node_return_s: float = 60.0
+    # Starting with a spare in a member's place uses the spare up, so late members get this long to show up.
+    spare_start_s: float = 20.0
+    # Cold starts of torch on a loaded two-core machine take tens of seconds; two minutes is a broken installation.
+    pending_s: float = 120.0
+    # The gate of every rank is held meanwhile, and gloo's own limit is 30 s: the vote must have come or be given up.
+    third_vote_s: float = 20.0
+    # The last step's records and the exits travel by different sockets of one agent; this is only for what was lost.
+    finish_wait_s: float = 30.0
+    # A restart costs about half a second, a loop of them costs a night (one public report counts 44).
+    fruitless_restarts: int = 5
+    # A device that corrupts twice in so few steps will do it again: published faulty devices were all permanently bad.
+    recurrence_steps: int = 100
+    # Suspicion of a device never heard of: a mean of 5 %, worth ten observations, so that one fault does not decide.
+    prior_bad: float = 0.5
+    prior_good: float = 9.5
+    # Of 353 nodes that returned from repair, half failed again within seven days: older evidence counts half.
+    suspicion_half_life_s: float = 7 * 86400.0
+    # (0.5 + 1) / 11 = 0.14: one confirmed corruption makes a suspect.
+    suspect_at: float = 0.1
+    # (0.5 + 3) / 13 = 0.27: three within a week, whatever the jobs and steps, take a device out.
+    quarantine_at: float = 0.25
+    # How long an agent has to answer: it ends processes in milliseconds, promotes in 0.1 s; the rest is for reconnects.
+    action_s: float = 20.0
+    # Warm workers are prepared as slowly as a job starts.
+    prepare_s: float = 120.0
+
+    def changed(self, values: dict[str, float]) -> "Policy":
+        """This policy with some fields replaced; what is unknown, negative or not finite is left as it was."""
+        known = {item.name: item.type for item in fields(self)}
+        taken = {name: value for name, value in values.items() if name in known and isfinite(value) and value >= 0}
+        typed: dict[str, Any] = {name: int(value) if known[name] is int else value for name, value in taken.items()}
+        return replace(self, **typed)

@@ -1,0 +1,64 @@
+"""What agents report, as our own types: an event for the decisions, or numbers that are only kept."""
+
+from dataclasses import dataclass
+
+from controller.core.events import Event, Process
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One rank's account of one committed step. `loss` (nats per token), `grad_norm` and `reading` may be NaN.
+
+    `reading` is the worst residual over tolerance; `attempts` is above 1 when the step was redone; `digest` is of the
+    state after the commit; `expert_load` counts routed tokens per (MoE layer, expert), row-major.
+    """
+
+    step: int
+    time: float
+    loss: float
+    grad_norm: float
+    reading: float
+    checks: int
+    attempts: int
+    digest: str
+    chain: str
+    step_s: float
+    sensor_s: float
+    gate_s: float
+    tokens: int
+    expert_load: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecords:
+    """Consecutive records of one rank, in ascending steps."""
+
+    job: str
+    generation: int
+    rank: int
+    records: tuple[StepRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProcesses:
+    """Every process of ours on a node; replaces what was known."""
+
+    processes: tuple[Process, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportsDropped:
+    """How many reports an agent had to drop, and why."""
+
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One report: `seq` ascends within (node, epoch); `time` is the node's, in seconds since 1970."""
+
+    seq: int
+    time: float
+    traceparent: str
+    body: Event | StepRecords | NodeProcesses | ReportsDropped

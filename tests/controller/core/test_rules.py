@@ -1,0 +1,412 @@
+"""Each rule of the decisions beside its negative control: with its threshold switched off, another thing happens."""
+
+from dataclasses import replace
+
+import pytest
+from story import Story
+
+from controller.core.actions import AskHuman, PromoteCheckpoint, Quarantine, Replay, StartGeneration, StopGeneration
+from controller.core.change import Change
+from controller.core.events import Event, FindingRaised, PolicyChanged, ProbeResult
+from controller.core.incidents import incident_document
+from controller.core.machine import decide, wants_final
+from controller.core.nodes import TRANSITIONS, InvalidTransition, enter
+from controller.core.policy import Policy
+from controller.core.state import NodeState, Suspicion
+from controller.core.suspicion import blamed, mean
+
+OFF = 1e9  # seconds or counts that are never reached
+
+
+def trained(policy: Policy | None = None, members: int = 2, spares: int = 1, drills: str = "") -> Story:
+    story = Story(policy)
+    story.cluster(members, spares, drills=drills)
+    story.now += 20.0
+    return story
+
+
+def rank_0_killed() -> Event:
+    """The report of it by its own agent."""
+    story = trained()
+    story.exit(0, "signal", 25)
+    return story.fed[-1][0]
+
+
+def started(story: Story) -> list[tuple[int, str]]:
+    """(rank, node) of the newest generation."""
+    job = story.state.jobs["run"]
+    return [(place.rank, place.node) for place in job.placements]
+
+
+@pytest.mark.parametrize(("wait", "generation"), [(1.0, 1), (0.0, 2)])
+def test_a_victims_exit_waits_for_its_cause(wait: float, generation: int) -> None:
+    story = trained(Policy(cause_wait_s=wait))
+    story.exit(0, "collective", 25)
+    assert story.state.jobs["run"].generation == generation
+
+
+def test_no_generation_starts_without_proof() -> None:
+    story = trained()
+    story.stalled(1, 25, process="T")
+    story.now += 30.0
+    story.tick()
+    assert story.state.jobs["run"].generation == 1
+    story.result("StopGeneration", "n0", "failed")
+    assert story.state.jobs["run"].generation == 1
+    story.result("StopGeneration", "n0", "done")
+    assert story.state.jobs["run"].generation == 2
+
+
+def test_without_any_proof_a_person_is_asked_and_the_job_ends() -> None:
+    story = trained()
+    story.stalled(1, 25, process="T")
+    story.now += 60.0
+    story.tick()
+    assert story.state.jobs["run"].status == "FAILED"
+    assert len(story.of(AskHuman)) == 1
+    assert len(story.of(StartGeneration)) == 2
+
+
+def test_a_node_without_a_rank_proves_nothing() -> None:
+    story = trained(spares=2)
+    story.stalled(1, 25, process="T")
+    story.hello("n2", new=True)
+    assert story.state.jobs["run"].generation == 1
+    story.hello("n0", new=True)
+    assert story.state.jobs["run"].generation == 2
+
+
+def test_one_node_cannot_report_the_end_of_anothers_worker() -> None:
+    lied, honest = trained(), trained()
+    lied.feed(replace(rank_0_killed(), node="n2"))
+    honest.feed(rank_0_killed())
+    assert lied.state.jobs["run"].generation == 1
+    assert honest.state.jobs["run"].generation == 2
+
+
+@pytest.mark.parametrize(("standby_wait", "node"), [(5.0, None), (0.0, "n2")])
+def test_a_healthy_node_gets_time_for_its_next_warm_worker(standby_wait: float, node: str | None) -> None:
+    story = trained(Policy(standby_wait_s=standby_wait))
+    story.exit(0, "signal", 25)
+    story.ready("n1")
+    story.now += 1.0
+    story.exit(0, "signal", 26)
+    expected = [(0, node), (1, "n1")] if node else [(0, "n0"), (1, "n1")]
+    assert started(story) == expected
+    assert story.state.jobs["run"].generation == (3 if node else 2)
+
+
+@pytest.mark.parametrize(("grace", "moved"), [(1.0, False), (0.0, True)])
+def test_a_hiccup_of_a_link_costs_no_node_its_rank(grace: float, moved: bool) -> None:
+    story = trained(Policy(link_grace_s=grace))
+    story.link_lost("n1")
+    story.now += 0.2
+    story.exit(0, "signal", 25)
+    story.now += 0.2
+    story.hello("n1")
+    assert started(story) == [(0, "n0"), (1, "n2" if moved else "n1")]
+    assert story.state.jobs["run"].generation == 2
+
+
+@pytest.mark.parametrize(("limit", "status"), [(5, "FAILED"), (100, "RUNNING")])
+def test_restarts_without_progress_end_the_job(limit: int, status: str) -> None:
+    story = trained(Policy(fruitless_restarts=limit))
+    for _ in range(6):
+        story.exit(0, "error", 2)
+        story.ready("n0")
+        story.ready("n1")
+    assert story.state.jobs["run"].status == status
+
+
+def test_progress_forgives_restarts() -> None:
+    story = trained()
+    for step in range(2, 12):
+        story.exit(0, "error", step)
+        story.final(step)
+        story.ready("n0")
+        story.ready("n1")
+    assert story.state.jobs["run"].status == "RUNNING"
+    assert len(story.state.incidents) == 10
+
+
+@pytest.mark.parametrize(("steps", "quarantined"), [(100, True), (10, False)])
+def test_a_second_corruption_within_the_window_takes_the_node_out(steps: int, quarantined: bool) -> None:
+    story = trained(Policy(recurrence_steps=steps))
+    for step in (12, 30):
+        story.alarm(1, step)
+        story.verdict("CORRUPT", rank=1, step=step, blamed="n1")
+        story.final(step)
+    assert bool(story.of(Quarantine)) == quarantined
+    assert (story.state.jobs["run"].status == "RESTARTING") == quarantined
+
+
+@pytest.mark.parametrize(("line", "quarantined"), [(0.25, True), (1.0, False)])
+def test_suspicion_adds_up_over_any_number_of_steps(line: float, quarantined: bool) -> None:
+    story = trained(Policy(quarantine_at=line, recurrence_steps=1))
+    for step in (5, 15, 35):
+        story.alarm(1, step)
+        story.verdict("CORRUPT", rank=1, step=step, blamed="n1")
+        story.final(step)
+    assert bool(story.of(Quarantine)) == quarantined
+
+
+@pytest.mark.parametrize("verdict", ["FALSE_ALARM", "UNDECIDED"])
+def test_only_a_confirmed_corruption_raises_suspicion(verdict: str) -> None:
+    story = trained()
+    for step in range(5, 15):
+        story.alarm(1, step)
+        story.verdict(verdict, rank=1, step=step)
+        story.final(step)
+    assert story.state.suspicion == {}
+    assert story.state.nodes["n1"].state == "HEALTHY"
+    story.alarm(1, 20)
+    story.verdict("CORRUPT", rank=1, step=20, blamed="n1")
+    assert story.state.nodes["n1"].state == "SUSPECT"
+
+
+def test_blame_may_fall_on_the_peer() -> None:
+    story = trained()
+    story.alarm(1, 12)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n0", recurrent=True)
+    story.result("StopGeneration", "n1")
+    assert started(story) == [(0, "n2"), (1, "n1")]
+    assert story.state.nodes["n0"].state == "QUARANTINED"
+
+
+def test_a_bad_spare_is_taken_out_without_a_restart() -> None:
+    story = trained()
+    story.alarm(1, 12)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n2", recurrent=True)
+    assert story.state.nodes["n2"].state == "QUARANTINED"
+    assert story.state.jobs["run"].status == "RUNNING"
+
+
+def test_a_verdict_from_outside_the_gang_counts_for_nothing() -> None:
+    story = trained()
+    story.alarm(1, 12)
+    told = story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=True)
+    assert told
+    other = trained()
+    other.alarm(1, 12)
+    assert other.feed(replace(story.fed[-1][0], node="n2")) == []
+
+
+def test_only_the_asked_spares_vote_counts() -> None:
+    story = trained(spares=2)
+    story.alarm(1, 12, third=True)
+    replay = story.of(Replay)[0]
+    assert replay.node == "n2"
+    assert story.voted("n3", 12, 1, replay.id) == []
+    assert len(story.voted("n2", 12, 1, replay.id)) == 2
+    assert story.voted("n2", 12, 1, replay.id) == []
+
+
+@pytest.mark.parametrize(("outcome", "delivered"), [("failed", 2), ("unknown", 2), ("done", 0)])
+def test_a_replay_that_fails_is_given_up_at_once(outcome: str, delivered: int) -> None:
+    story = trained()
+    story.alarm(1, 12, third=True)
+    assert len(story.result("Replay", "n2", outcome)) == delivered
+
+
+def test_a_spare_with_another_fingerprint_does_not_take_a_rank() -> None:
+    story = Story()
+    for index in range(3):
+        story.hello(f"n{index}", spare=index == 2)
+    story.submit()
+    story.ready("n0")
+    story.ready("n1")
+    story.ready("n2", fingerprint="another")
+    story.hello("n1", new=True)
+    assert story.state.jobs["run"].status == "RESTARTING"
+    story.ready("n2")
+    story.ready("n0")
+    assert started(story) == [(0, "n0"), (1, "n2")]
+
+
+def test_a_start_that_fails_is_an_outage_and_its_own_proof() -> None:
+    story = Story()
+    story.lease(1)
+    story.hello("n0")
+    story.submit(world=1)
+    story.ready("n0")
+    story.result("StartGeneration", "n0", "failed")
+    story.ready("n0")
+    assert story.state.jobs["run"].generation == 2
+    assert story.state.incidents["inc-0001"].kind == "crash"
+
+
+def test_a_start_that_is_not_answered_proves_nothing() -> None:
+    story = trained()
+    story.exit(0, "signal", 25)
+    story.ready("n0")
+    story.ready("n1")
+    story.result("StartGeneration", "n1", "unknown")
+    assert story.state.jobs["run"].status == "RESTARTING"
+    story.result("StopGeneration", "n0")
+    assert story.state.jobs["run"].generation == 3
+    assert started(story) == [(0, "n0"), (1, "n2")]
+
+
+def test_an_unreachable_gang_is_noticed_when_all_who_can_be_heard_wait() -> None:
+    story = trained()
+    story.link_lost("n1")
+    story.stalled(0, 25, phase="reduce", waiting=True)
+    incident = story.state.incidents["inc-0001"]
+    assert (incident.kind, incident.node) == ("node", "n1")
+    story.result("StopGeneration", "n0")
+    assert started(story) == [(0, "n0"), (1, "n2")]
+
+
+def test_a_job_is_extended_while_it_runs() -> None:
+    story = trained()
+    story.submit(steps=60)
+    story.final(40)
+    story.exit(0, "completed", 40)
+    story.exit(1, "completed", 40)
+    job = story.state.jobs["run"]
+    assert (job.status, job.generation, job.steps) == ("RUNNING", 2, 60)
+    assert story.state.incidents == {}
+
+
+def test_ranks_that_left_without_a_confirmed_last_step_fail_the_job() -> None:
+    story = trained()
+    story.exit(0, "completed", 40)
+    story.exit(1, "completed", 40)
+    assert story.state.jobs["run"].status == "RUNNING"
+    story.now += 30.0
+    story.tick()
+    assert story.state.jobs["run"].status == "FAILED"
+
+
+def test_a_cancelled_job_is_stopped_everywhere() -> None:
+    story = trained()
+    told = story.cancel()
+    assert [action.node for action in told if isinstance(action, StopGeneration)] == ["n0", "n1"]
+    assert story.state.jobs["run"].status == "CANCELLED"
+
+
+@pytest.mark.parametrize(("chain", "promoted"), [("", 1), ("another", 0)])
+def test_a_checkpoint_is_verified_only_if_it_continues_the_chain(chain: str, promoted: int) -> None:
+    story = trained()
+    story.captured(10)
+    story.durable(10, chain)
+    assert story.of(PromoteCheckpoint) == []
+    story.final(10)
+    assert len(story.of(PromoteCheckpoint)) == promoted
+    assert len(story.of(AskHuman)) == 1 - promoted
+
+
+def test_wanted_final_steps() -> None:
+    story = trained()
+    job = "run"
+    assert not wants_final(story.state, job, 1, 17)
+    assert wants_final(story.state, job, 1, 40)
+    story.captured(20)
+    assert wants_final(story.state, job, 1, 20)
+    story.final(20)
+    assert not wants_final(story.state, job, 1, 20)
+    story.exit(0, "signal", 25)
+    assert wants_final(story.state, job, 2, 21)
+    assert not wants_final(story.state, job, 1, 24)
+    story.final(21)
+    assert not wants_final(story.state, job, 2, 22)
+    assert not wants_final(story.state, "another", 1, 1)
+
+
+def test_both_drills_of_one_outage_are_found_and_a_later_one_is_not() -> None:
+    story = trained(drills="kill@25:0,kill@25:1,kill@39:0")
+    story.exit(0, "signal", 25)
+    story.final(25)
+    for drill in ("kill@25:0", "kill@25:1"):
+        story.drill_fired(drill, at=20.0)
+    story.now += 5.0
+    story.drill_fired("kill@39:0")
+    story.final(40)
+    story.exit(0, "completed", 40)
+    story.exit(1, "completed", 40)
+    caught = [(item.injected_step, item.caught) for item in story.state.incidents.values()]
+    assert caught == [(25, True), (39, False)]
+
+
+def test_the_incident_document_has_the_keys_that_people_rely_on() -> None:
+    story = trained(drills="sdc@12:1")
+    story.alarm(1, 12)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
+    story.final(12)
+    document = incident_document(story.state.incidents["inc-0001"])
+    keys = "id kind job rank injected_step detected_step before_commit verdict votes node device actions"
+    assert list(document) == [*keys.split(), "detect_s", "recovery_s", "resumed_from", "caught", "timeline"]
+    assert document["votes"][0].keys() == {"node", "device", "pid", "digest", "role"}
+    assert document["before_commit"] is True
+
+
+def test_traces_follow_an_incident_through_its_actions() -> None:
+    story = trained()
+    story.feed(replace(rank_0_killed(), traceparent="00-aa-bb-01"))
+    traced = [action for action in story.actions if action.incident]
+    assert traced
+    assert {action.traceparent for action in traced} == {"00-aa-bb-01"}
+
+
+def test_policy_changes_are_events_and_nonsense_is_left_out() -> None:
+    story = trained()
+    story.feed(
+        PolicyChanged(time=0.0, policy={"cause_wait_s": 0.0, "x": 1.0, "suspect_at": -1.0}, actor="a", reason="r")
+    )
+    assert story.state.policy == replace(Policy(), cause_wait_s=0.0)
+    story.exit(0, "collective", 25)
+    assert story.state.jobs["run"].generation == 2
+
+
+def test_suspicion_halves_with_its_half_life_and_never_grows_backwards() -> None:
+    policy = Policy()
+    once = blamed(None, 0.0, policy)
+    assert mean(None, 0.0, policy) == pytest.approx(0.05)
+    assert mean(once, 0.0, policy) == pytest.approx(1.5 / 11.0)
+    assert mean(once, policy.suspicion_half_life_s, policy) == pytest.approx(1.0 / 10.5)
+    assert mean(once, -1e6, policy) == mean(once, 0.0, policy)
+    assert mean(once, OFF, replace(policy, suspicion_half_life_s=0.0)) == mean(once, 0.0, policy)
+
+
+def test_a_suspect_stays_one_through_a_new_agent_and_is_cleared_by_time_and_a_probe() -> None:
+    story = trained()
+    story.alarm(1, 12)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
+    story.hello("n1", new=True)
+    story.ready("n1")
+    assert story.state.nodes["n1"].state == "SUSPECT"
+    probe = ProbeResult(time=0.0, node="n1", probe="gemm", passed=True, value=1.0, unit="", detail="")
+    story.feed(probe)
+    assert story.state.nodes["n1"].state == "SUSPECT"
+    story.now += 30 * 86400.0
+    story.feed(probe)
+    assert story.state.nodes["n1"].state == "HEALTHY"
+
+
+def test_a_fatal_finding_makes_a_suspect() -> None:
+    story = trained()
+    finding = FindingRaised(
+        time=0.0, node="n1", finding="f", check="xid", severity="warning", device="d", confidence=1.0, detail="XID 79"
+    )
+    story.feed(finding)
+    assert story.state.nodes["n1"].state == "HEALTHY"
+    story.feed(replace(finding, severity="fatal"))
+    assert story.state.nodes["n1"].state == "SUSPECT"
+
+
+def test_an_invalid_transition_tells_the_whole_story_and_changes_nothing() -> None:
+    story = trained()
+    change = Change(story.state, story.fed[-1][0], story.now)
+    with pytest.raises(InvalidTransition, match=r"n0 cannot go from HEALTHY to QUARANTINED \(a test\).*while deciding"):
+        enter(change, "n0", NodeState.QUARANTINED, "a test")
+    assert story.state.nodes["n0"].state == "HEALTHY"
+    assert set(TRANSITIONS) == set(NodeState)
+
+
+def test_a_stale_clock_or_epoch_changes_nothing() -> None:
+    story = trained()
+    old = story.fed[1][0]
+    story.hello("n0", new=True)
+    before = story.state
+    assert decide(before, old, story.now)[0] == before
+    assert Suspicion(1.0, 0.0) == Suspicion(1.0, 0.0)
