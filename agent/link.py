@@ -14,6 +14,7 @@ from agent import convert
 from agent.actions import Action, Controller
 from agent.history import History
 from agent.outbox import Backlog, Outbox
+from agent.spool import Entry
 from assay.v1 import agent_pb2 as pb
 from assay.v1 import agent_pb2_grpc
 
@@ -108,6 +109,7 @@ class Link:
         self._backoff = Backoff(self._timing.backoff_first, self._timing.backoff_cap, rng or random.Random())
         self._work = asyncio.Event()
         self._progress = asyncio.Event()
+        self._careful_until = 0
 
     def wake(self) -> None:
         """Say that the outbox has something new."""
@@ -125,8 +127,7 @@ class Link:
                     self._give_up(backlog)
                     continue
             if backlog is not self._outbox and backlog.empty:
-                backlog.discard()
-                self._leftovers.remove(backlog)
+                self._finished(backlog)
                 continue
             await asyncio.sleep(self._backoff.next())
 
@@ -141,23 +142,39 @@ class Link:
 
     async def _attempt(self, backlog: Backlog) -> None:
         """One session, from connecting to its end. Raises SessionEnded, unless a leftover is all acknowledged."""
+        session: _Session | None = None
         try:
             async with grpc.aio.insecure_channel(self._endpoint, options=self._options()) as channel:
-                await self._session(_Stub(channel).Connect(), backlog)
+                session = _Session(_Stub(channel).Connect(), backlog, self._timing, self._work, self._careful_until)
+                await self._session(session)
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
-            raise SessionEnded(reason, refused=error.code() in _REFUSED) from error
+            refused = error.code() in _REFUSED
+            if session is not None and session.in_flight and error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                self._suspect(session, reason)
+                refused = False
+            raise SessionEnded(reason, refused) from error
         except (asyncio.InvalidStateError, TimeoutError) as error:  # written to after its end; nothing heard
             raise SessionEnded(f"{type(error).__name__} {error}") from error
 
-    async def _session(self, call: Any, backlog: Backlog) -> None:
-        session = _Session(call, backlog, self._timing, self._work)
+    def _suspect(self, session: "_Session", reason: str) -> None:
+        """The controller cannot take a report that is in flight: find it by sending one at a time, and leave it out."""
+        if len(session.in_flight) == 1:
+            (entry,) = session.in_flight
+            log.error("report %d is left out: %s", entry.seq, reason)
+            session.backlog.acknowledge(entry.seq)
+            self._outbox.lose(1)
+        else:
+            self._careful_until = session.in_flight[-1].seq
+
+    async def _session(self, session: "_Session") -> None:
+        call = session.call
         started = asyncio.get_running_loop().time()
         try:
-            await call.write(self._hello(backlog.epoch))
+            await call.write(self._hello(session.backlog.epoch))
             welcome = await self._welcome(call)
             session.open(welcome)
-            self.connected = backlog is self._outbox
+            self.connected = session.backlog is self._outbox
             await _first(self._listen(session), session.send())
         finally:
             self.connected = False
@@ -206,8 +223,12 @@ class Link:
     def _give_up(self, backlog: Backlog) -> None:
         log.warning("%d reports of epoch %d are refused and given up", len(backlog), backlog.epoch)
         self._outbox.lose(len(backlog))
-        backlog.discard()
-        self._leftovers.remove(backlog)
+        self._finished(backlog)
+
+    def _finished(self, leftover: Backlog) -> None:
+        leftover.discard()
+        self._leftovers.remove(leftover)
+        self._careful_until = 0
 
     def _options(self) -> list[tuple[str, int]]:
         return [
@@ -221,13 +242,16 @@ class Link:
 class _Session:
     """One stream's sending side. Invariant: acknowledged <= sent, and at most `credits` reports between them."""
 
-    def __init__(self, call: Any, backlog: Backlog, timing: Timing, work: asyncio.Event) -> None:
+    def __init__(
+        self, call: Any, backlog: Backlog, timing: Timing, work: asyncio.Event, careful_until: int = 0
+    ) -> None:
         self.call = call
         self.backlog = backlog
         self._timing = timing
         self._work = work
         self._sent = 0
         self._credits = 0
+        self._careful_until = careful_until
 
     def open(self, welcome: pb.Welcome) -> None:
         self.backlog.acknowledge(welcome.acknowledged_seq)
@@ -238,6 +262,12 @@ class _Session:
         if ack.epoch == self.backlog.epoch:
             self.backlog.acknowledge(min(ack.seq, self._sent))
             self._work.set()
+
+    @property
+    def in_flight(self) -> list[Entry]:
+        """What was sent and is not acknowledged."""
+        sent = self.backlog.pending(self.backlog.acknowledged, self._credits, self._credits * BATCH_BYTES)
+        return [entry for entry in sent if entry.seq <= self._sent]
 
     async def send(self) -> None:
         """Write batches as they fall due, until cancelled or the stream breaks."""
@@ -263,7 +293,8 @@ class _Session:
                     await self._work.wait()
 
     def _room(self) -> int:
-        return self._credits - (self._sent - self.backlog.acknowledged)
+        credits = 1 if self.backlog.acknowledged < self._careful_until else self._credits
+        return credits - (self._sent - self.backlog.acknowledged)
 
     def _pressing(self) -> bool:
         return self.backlog.last_urgent > self._sent or self.backlog.last - self._sent >= BATCH_REPORTS

@@ -15,7 +15,7 @@ from agent.slots import WAITING, Progress, Slots, SlotsError
 
 log = logging.getLogger(__name__)
 
-#: Reading a worker's word and its /proc state costs about 25 us; at this period a worker costs 0.05 % of a core.
+#: A look at a worker costs 11 us (measured), a turn of the loop more: 0.6 % of a core in all with this period.
 PERIOD_S = 0.05
 #: Time that the monitor did not see does not count: when it was not scheduled itself, workers perhaps were not either.
 SEEN_AT_MOST_S = 4 * PERIOD_S

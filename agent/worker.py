@@ -16,6 +16,7 @@ from agent.training.engine import Engine
 from agent.training.replay import Member, recompute, vote_body
 from agent.training.spec import JobSpec
 from agent.training.trainer import Seat, Trainer, fingerprint
+from diagnostics.sensors.digest import digest
 
 
 class Worker:
@@ -68,7 +69,10 @@ class Worker:
         engine = self._ready(request["spec"])
         step, rank = int(request["step"]), int(request["rank"])
         buffer = memoryview(bytearray(Path(request["state"]).read_bytes()))
-        engine.bind(engine.layout.view(buffer))
+        state = engine.layout.view(buffer)
+        if (found := f"{digest(state.words):016x}") != request["digest"]:
+            raise ValueError(f"the state fetched for step {step} has digest {found}, not {request['digest']}")
+        engine.bind(state)
         vote = recompute(engine, engine.gradients, step, rank, self._here(), "third")
         return {
             "job": engine.spec.job,

@@ -57,14 +57,17 @@ def print_json(document: Document) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows on stdout. NO_COLOR and pipes are respected."""
-    table = Table(title=Text(escape(title)), title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     count = 0
     for row in rows:
         table.add_row(*(Text(escape(cell)) for cell in row))
         count += 1
-    console().print(table if count else Text(f"{escape(title)}: none"))
+    printer = console()
+    printer.print(Text(f"\n{escape(title)}" if count else f"\n{escape(title)}: none", style="italic"))
+    if count:
+        printer.print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, object]]) -> None:

@@ -235,10 +235,12 @@ def _corrupt(change: Change, job: Job, incident: Incident, event: ReplayResult) 
         reasons.append(f"it corrupted step {last} and now step {event.step}")
     if level >= change.policy.quarantine_at:
         reasons.append(f"suspicion of it has come to {level:.2f}")
-    if reasons and event.blamed_node in change.state.nodes:
+    stayed = event.recurrent or last == event.step
+    if reasons and event.blamed_node in change.state.nodes and (stayed or has_replacement(change, job)):
         _replace(change, job, incident.id, event.blamed_node, f"{device}: {'; '.join(reasons)}")
-    elif reasons:
-        change.act(AskHuman, job, "", event.reason, incident=incident.id, question=f"Where is {device}? {reasons[0]}.")
+    elif reasons:  # its redone steps are clean, so the job goes on; a node of nobody's cannot be replaced
+        question = f"{device} should be replaced and cannot be: {reasons[0]}. Add a node."
+        change.act(AskHuman, job, "", event.reason, incident=incident.id, question=question)
 
 
 def _replace(change: Change, job: Job, key: str, name: str, why: str) -> None:

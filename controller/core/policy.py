@@ -30,8 +30,9 @@ class Policy:
     finish_wait_s: float = 30.0
     # A restart costs about half a second, a loop of them costs a night (one public report counts 44).
     fruitless_restarts: int = 5
-    # A device that corrupts twice in so few steps will do it again: published faulty devices were all permanently bad.
-    recurrence_steps: int = 100
+    # Corrupting a step and then its redo is a fault that stayed. Faults further apart are weighed as suspicion: a gate
+    # that catches each of them loses one redo, a restart on the second would cost more than it saves.
+    recurrence_steps: int = 0
     # Suspicion of a device never heard of: a mean of 5 %, worth ten observations, so that one fault does not decide.
     prior_bad: float = 0.5
     prior_good: float = 9.5
@@ -39,8 +40,8 @@ class Policy:
     suspicion_half_life_s: float = 7 * 86400.0
     # (0.5 + 1) / 11 = 0.14: one confirmed corruption makes a suspect.
     suspect_at: float = 0.1
-    # (0.5 + 3) / 13 = 0.27: three within a week, whatever the jobs and steps, take a device out.
-    quarantine_at: float = 0.25
+    # (0.5 + 5) / 15 = 0.37: five within a week, whatever the jobs and steps, take a device out.
+    quarantine_at: float = 0.35
     # How long an agent has to answer: it ends processes in milliseconds, promotes in 0.1 s; the rest is for reconnects.
     action_s: float = 20.0
     # Warm workers are prepared as slowly as a job starts.

@@ -21,6 +21,7 @@ class FakeController(agent_pb2_grpc.AgentServiceServicer):
         self.acknowledges = acknowledges
         self.welcome: dict[str, Any] = {}
         self.refuse_epochs: set[int] = set()
+        self.malformed = ""
         self.hellos: list[pb.Hello] = []
         self.batches: list[list[pb.Report]] = []
         self.reports: list[tuple[int, pb.Report]] = []
@@ -81,14 +82,18 @@ class FakeController(agent_pb2_grpc.AgentServiceServicer):
         yield pb.ControllerMessage(welcome=pb.Welcome(**fields))
         listener = asyncio.create_task(self._listen(hello.epoch, request_iterator, down))
         try:
-            while True:
-                yield await down.get()
+            while (message := await down.get()).WhichOneof("body") is not None:
+                yield message
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a report cannot be read")
         finally:
             listener.cancel()
 
     async def _listen(self, epoch: int, messages: AsyncIterator[pb.AgentMessage], down: Any) -> None:
         async for message in messages:
             reports = list(message.batch.reports)
+            if self.malformed and any(self.malformed in str(report) for report in reports):
+                await down.put(pb.ControllerMessage())
+                return
             await self._note(lambda reports=reports: self._store(epoch, reports))  # type: ignore[misc]
             if self.acknowledges:
                 await down.put(pb.ControllerMessage(ack=pb.Ack(epoch=epoch, seq=reports[-1].seq)))

@@ -233,6 +233,26 @@ async def test_an_earlier_life_that_is_never_acknowledged_does_not_hold_up_this_
     former.outbox.close()
 
 
+@pytest.mark.parametrize("malformed", ["7", ""])
+async def test_a_report_that_the_controller_cannot_take_is_found_and_left_out(tmp_path: Path, malformed: str) -> None:
+    controller = FakeController()
+    controller.malformed = f'detail: "{malformed}"' if malformed else ""
+    await controller.start()
+    former, agent = Agent(tmp_path, epoch=6), Agent(tmp_path, epoch=7)
+    for number in range(10):
+        former.say(str(number))
+        agent.say(str(number))
+    good = [str(number) for number in range(10) if str(number) != malformed]
+    left = leftovers(tmp_path / "outbox", 7)
+    async with agent.linked(controller, left=left):
+        await controller.until(lambda: details(controller) == good + good)
+        agent.say("later", urgent=True)
+        await controller.until(lambda: "later" in details(controller))
+        assert sum(dropped.count for dropped in controller.found("reports_dropped")) == (2 if malformed else 0)
+    await controller.stop()
+    former.outbox.close()
+
+
 async def test_draining_does_not_wait_without_a_session(tmp_path: Path) -> None:
     controller = FakeController()
     controller.port = 1  # nobody there

@@ -67,7 +67,7 @@ def obey(story: Story, words: tuple) -> None:  # type: ignore[type-arg]
             getattr(story, name)(*arguments)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(waits, command), max_size=30))
 def test_no_promise_breaks_whatever_happens(told: list[tuple[float, tuple]]) -> None:  # type: ignore[type-arg]
     """`Story.feed` checks every invariant after every event."""
@@ -114,7 +114,7 @@ def troubled() -> Story:
     return story
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32))
 def test_news_that_is_repeated_and_out_of_order_is_harmless(seed: int) -> None:
     fed = [event for event, _ in troubled().fed]

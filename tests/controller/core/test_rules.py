@@ -32,6 +32,11 @@ def rank_0_killed() -> Event:
     return story.fed[-1][0]
 
 
+def recovered(story: Story) -> list[str]:
+    """Ids of the incidents that have."""
+    return [item.id for item in story.state.incidents.values() if item.recovered_at is not None]
+
+
 def started(story: Story) -> list[tuple[int, str]]:
     """(rank, node) of the newest generation."""
     job = story.state.jobs["run"]
@@ -55,6 +60,28 @@ def test_no_generation_starts_without_proof() -> None:
     assert story.state.jobs["run"].generation == 1
     story.result("StopGeneration", "n0", "done")
     assert story.state.jobs["run"].generation == 2
+
+
+def test_it_is_the_proof_that_a_restart_waits_for() -> None:
+    """Negative control: with a proof put in by hand, the same hang restarts at once."""
+    story = trained()
+    story.state.jobs["run"].proofs[1] = "assumed"
+    story.stalled(1, 25, process="T")
+    assert story.state.jobs["run"].generation == 2
+
+
+def test_late_news_of_a_generation_that_is_being_replaced_ends_no_outage() -> None:
+    story = trained()
+    story.exit(0, "signal", 25)
+    story.stalled(1, 26, process="T")
+    story.final(25, generation=2)
+    assert not recovered(story)
+    story.result("StopGeneration", "n1")
+    story.ready("n0")
+    story.ready("n1")
+    story.final(26)
+    assert recovered(story) == ["inc-0001"]
+    assert len(story.state.incidents) == 1
 
 
 def test_without_any_proof_a_person_is_asked_and_the_job_ends() -> None:

@@ -1,0 +1,265 @@
+"""Commands as people call them: exit codes, one clear line for what is wrong, and nothing started for nothing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rundirs import record
+
+from agent.model.presets import PRESETS
+from controller.cli import checks
+from controller.cli.main import COMMANDS, call
+from controller.cli.presets import LAYERS, STATE_BYTES
+from controller.cli.session import Session
+from controller.local.plan import Plan
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bad input must be refused before anything runs."""
+
+    def refuse(self: Session) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(Session, "start", refuse)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_presets_are_those_of_the_model() -> None:
+    assert {name: preset.config.num_hidden_layers for name, preset in PRESETS.items()} == dict(LAYERS)
+    assert STATE_BYTES.keys() == LAYERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--preset", "huge"], "unknown preset 'huge'"),
+        (["--drill", "flood@3"], "unknown drill kind"),
+        (["--drill", "sdc@3:color=red"], "unknown key 'color'"),
+        (["--steps", "10", "--drill", "kill@11"], "beyond the last step"),
+        (["--nodes", "2", "--drill", "sdc@3:rank=2"], "2 ranks"),
+        (["--drill", "node@3:node=n7"], "unknown node 'n7'"),
+        (["--steps", "0"], "--steps"),
+        (["--steps", "-3"], "--steps"),
+        (["--steps", "many"], "--steps"),
+        (["--nodes", "0"], "--nodes"),
+        (["--nodes", "250", "--spares", "1"], "250"),
+        (["--precision", "fp8"], "--precision"),
+        (["--tolerance-scale", "0"], "--tolerance-scale"),
+        (["--tolerance-scale", "nan"], "--tolerance-scale"),
+        (["--corpus", "nowhere"], "nowhere does not exist"),
+        (["--corpus", "empty.txt"], "empty.txt is empty"),
+        (["--corpus", "empty"], "empty is empty"),
+        (["--port", "0"], "--port"),
+        (["--resume", "nowhere"], "not the directory of a run"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_2(arguments: list[str], told: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty").mkdir()
+    assert call(["run", *arguments]) == 2
+    _one_line(capsys, told)
+    assert not (tmp_path / "assay-runs").exists()
+
+
+def test_a_port_in_use_is_5(capsys) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert call(["run", "--port", str(port)]) == 5
+    _one_line(capsys, f"port {port} is in use")
+
+
+def test_a_database_from_a_newer_version_is_5(tmp_path: Path, ended: Path, capsys) -> None:
+    import sqlite3
+
+    with sqlite3.connect(ended / "assay.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999_future'")
+    assert call(["run", "--db", f"sqlite:///{ended}/assay.db"]) == 5
+    _one_line(capsys, "")
+
+
+@pytest.mark.parametrize("url", ["sqlite:////proc/assay.db", "mysql://x/y", "nonsense"])
+def test_a_database_that_cannot_be_used_is_5(url: str, capsys) -> None:
+    assert call(["run", "--db", url]) == 5
+    _one_line(capsys, "")
+
+
+def test_a_directory_that_cannot_be_written_is_5(capsys) -> None:
+    assert call(["run", "--dir", "/proc/assay"]) == 5
+    _one_line(capsys, "cannot write to /proc/assay")
+
+
+def test_without_ray_it_is_5(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert call(["run"]) == 5
+    _one_line(capsys, "Ray is not installed")
+
+
+def test_without_room_it_is_5(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    usage = checks.shutil.disk_usage("/")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert call(["run"]) == 5
+    _one_line(capsys, "no room in")
+
+
+def test_good_input_does_start(capsys) -> None:
+    """The negative control of the above: with nothing wrong, the run is started."""
+    with pytest.raises(AssertionError, match="something was started"):
+        call(["run", "--dir", "fine"])
+    first = capsys.readouterr().err.splitlines()[0].split()
+    assert first[0] == "status"
+    assert first[1].startswith("http://127.0.0.1:")
+    assert first[2:] == ["dir", str(Path("fine").absolute())]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--seed", "1"], "--seed is 0"),
+        (["--nodes", "3"], "--nodes is 2"),
+        (["--sensors", "off"], "--sensors is True"),
+        (["--steps", "39"], "may only grow"),
+        (["--dir", "elsewhere"], "is not --resume"),
+    ],
+)
+def test_a_resumed_run_must_agree(arguments: list[str], told: str, ended: Path, capsys) -> None:
+    assert call(["run", "--resume", str(ended), *arguments]) == 2
+    _one_line(capsys, told)
+
+
+def test_a_resumed_run_takes_over_what_was_not_said(ended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Plan] = []
+    whole = Session.__init__
+
+    def noted(self: Session, plan: Plan) -> None:
+        seen.append(plan)
+        whole(self, plan)
+
+    monkeypatch.setattr(Session, "__init__", noted)
+    with pytest.raises(AssertionError, match="something was started"):
+        call(["run", "--resume", str(ended), "--steps", "50", "--seed", "0", "--drill", "kill@50"])
+    assert [(plan.directory, len(plan.nodes)) for plan in seen] == [(str(ended), 3)]
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(ended: Path, capsys) -> None:
+    assert call(["run", "--dir", str(ended)]) == 2
+    _one_line(capsys, "--resume")
+
+
+def test_status_after_the_end_lists_no_process(ended: Path, capsys) -> None:
+    assert call(["status", "--dir", str(ended), "-o", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema"], document["processes"], document["running"]) == ("assay.status/1", [], False)
+
+
+def test_status_lists_what_the_supervisor_runs(ended: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"role": "raylet", "node": "n0", "rank": None, "generation": None, "pid": os.getpid()}
+    gone = {**entry, "pid": 2**22 + 1}
+    (ended / "processes.json").write_text(json.dumps({"schema": "assay.processes/1", "processes": [entry, gone]}))
+    monkeypatch.setattr("controller.cli.rundir.RunDirectory.running", True)
+    assert call(["status", "--dir", str(ended), "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["processes"] == [entry]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["job", "show"], ["job", "steps"], ["incident", "list"], ["checkpoint", "list"]]
+)
+def test_a_folder_that_is_no_run_is_2(arguments: list[str], tmp_path: Path, capsys) -> None:
+    assert call([*arguments, "--dir", str(tmp_path)]) == 2
+    _one_line(capsys, "not the directory of a run")
+
+
+def test_an_unknown_job_or_incident_is_1(ended: Path, capsys) -> None:
+    assert call(["job", "steps", "nobody", "--dir", str(ended)]) == 1
+    _one_line(capsys, "nobody")
+    assert call(["incident", "show", "inc-9", "--dir", str(ended)]) == 1
+    _one_line(capsys, "inc-9")
+
+
+def test_a_lost_database_is_5(ended: Path, capsys) -> None:
+    (ended / "assay.db").unlink()
+    assert call(["status", "--dir", str(ended)]) == 5
+    _one_line(capsys, "assay.db")
+
+
+def test_a_drill_into_an_ended_run_is_3(ended: Path, capsys) -> None:
+    assert call(["drill", "kill", "--job", "job-1", "--step", "3", "--dir", str(ended)]) == 3
+    _one_line(capsys, "has ended")
+
+
+def test_a_drill_into_a_silent_controller_is_3(ended: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("controller.cli.rundir.RunDirectory.running", True)
+    monkeypatch.setattr("controller.cli.client.Operator.__init__.__defaults__", (0.2,))
+    assert call(["drill", "kill", "rank=0", "--job", "job-1", "--step", "3", "--dir", str(ended)]) == 3
+    _one_line(capsys, "no controller answers")
+
+
+@pytest.mark.parametrize("drill", [["flood"], ["kill", "bit=1"], ["kill", "rank=9"], ["sdc", "x=1"]])
+def test_a_wrong_drill_is_2(drill: list[str], ended: Path, capsys) -> None:
+    assert call(["drill", *drill, "--job", "job-1", "--step", "3", "--dir", str(ended)]) == 2
+    _one_line(capsys, "drill")
+
+
+def test_a_checkpoint_that_is_not_there(ended: Path, capsys) -> None:
+    assert call(["checkpoint", "verify", "--dir", str(ended)]) == 5
+    _one_line(capsys, "has no checkpoint")
+    (ended / "checkpoints" / "job-1" / "step-00000010").mkdir(parents=True)
+    assert call(["checkpoint", "verify", "20", "--dir", str(ended)]) == 1
+    _one_line(capsys, "step-00000010")
+
+
+def test_a_damaged_run_json_is_2(ended: Path, capsys) -> None:
+    (ended / "run.json").write_text('{"schema": "assay.rundir/1", "job": 3')
+    assert call(["status", "--dir", str(ended)]) == 2
+    _one_line(capsys, "damaged")
+
+
+def test_a_recycled_pid_is_not_a_running_run(tmp_path: Path) -> None:
+    assert not record(tmp_path, supervisor_pid=os.getpid()).running
+
+
+def test_help_loads_no_command() -> None:
+    script = (
+        "import sys\nfrom controller.cli.main import call\ncode = call(['--help'])\n"
+        "heavy = {'grpc', 'sqlalchemy', 'rich', 'torch', 'ray'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_no_command_loads_torch_or_ray() -> None:
+    script = (
+        "import importlib, sys\nfrom controller.cli.main import COMMANDS\n"
+        "for module, _ in COMMANDS.values(): importlib.import_module(module)\n"
+        "sys.exit(bool({'torch', 'ray'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_installed_command_exits_as_promised(tmp_path: Path) -> None:
+    assay = Path(sys.executable).with_name("assay")
+    started = time.monotonic()
+    done = subprocess.run([assay, "run", "--preset", "huge"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "assay: unknown preset 'huge'; known are tiny, small\n"
+    assert time.monotonic() - started < 10.0
+
+
+def _one_line(capsys, told: str) -> None:
+    """Exactly one line on stderr, with `told` in it, and nothing on stdout; the run's first line does not count."""
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if not line.startswith("status http")]
+    assert len(lines) == 1, shown.err
+    assert told in lines[0]
+    assert lines[0].startswith("assay: ")
+    assert shown.out == ""
