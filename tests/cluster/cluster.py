@@ -94,9 +94,8 @@ class Run:
 def ours(directory: Path) -> list[str]:
     """Every living process whose command line or environment names this run's directory or its runtime."""
     marks = {str(directory).encode()}
-    plan = directory / "plan.json"
-    if plan.exists():
-        marks.add(json.loads(plan.read_text())["runtime"].encode())
+    for config in (directory / "nodes").glob("*/agent.json"):
+        marks.add(str(Path(json.loads(config.read_text())["runtime"]).parent).encode())
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
