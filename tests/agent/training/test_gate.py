@@ -71,7 +71,13 @@ def test_a_row_survives_its_packing(one: Row) -> None:
     assert again.pack() == values  # NaN is not equal to itself, its bits are
 
 
-@given(st.lists(st.builds(row, alarm=st.booleans(), squared_norm=st.floats(0, 1e300) | st.just(math.inf)), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.builds(row, alarm=st.booleans(), squared_norm=st.floats(0, 1e300) | st.just(math.inf)),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_nothing_suspicious_commits(rows: list[Row]) -> None:
     outcome = decide(rows)
     suspicious = any(r.alarm for r in rows) or not math.isfinite(math.fsum(r.squared_norm for r in rows))

@@ -76,7 +76,8 @@ class SampleFeed:
         seen = -1
         while True:
             async with self._news:
-                await self._news.wait_for(lambda: self._ended or self._number != seen)
+                while not self._ended and self._number == seen:
+                    await self._news.wait()
                 if self._number == seen:
                     return
                 seen, newest = self._number, self.picture
