@@ -75,6 +75,7 @@ class Trainer:
         self.capture: Capture | None = None
         self.executions: Counter[int] = Counter()
         self.doubted: tuple[int, list[int]] | None = None
+        self.rolled_back: Counter[int] = Counter()
 
     def run(self) -> SlotRecord:
         """Train to the last step; returns its record. Raises PeerLost, StepRefused, Awaiting."""
@@ -227,6 +228,9 @@ class Trainer:
     def _roll_back(self, rows: list[Row]) -> None:
         """States of the last commit differ: go back one step, on bits that still hash to their record, and redo it."""
         step = self.transaction.record.step
+        self.rolled_back[step] += 1
+        if self.rolled_back[step] > MAX_ATTEMPTS:
+            raise StepRefused(f"ranks committed different states at step {step} {MAX_ATTEMPTS + 1} times")
         self._enter(step, "restore")
         if self.capture is not None:
             self.capture.discard(step)

@@ -94,8 +94,11 @@ def _rank(
     armed = Drills((Drill.parse(body) for body in drills), rank, around, recorder)
     engine.surround = lambda step, _rank, attempt: armed.surround(engine.model, step, attempt)
 
+    flips = [flip]
+
     def strike(step: int, phase: str) -> None:
-        if flip == (rank, step, phase):
+        if (rank, step, phase) in flips:
+            flips.clear()
             flip_state(path)
         armed.strike(step, phase)
 
