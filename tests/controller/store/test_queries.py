@@ -1,4 +1,4 @@
-"""The documents, of a job that lost a worker at step 4 and went on: told once, from recorded history, on both databases."""
+"""The documents of a job that lost a worker at step 4 and went on: told once, from history, on both databases."""
 
 from collections.abc import Iterator
 
@@ -96,7 +96,7 @@ def finish(told: Story) -> Queries:
 
 
 KEYS = """schema job steps committed_steps executed_steps tokens_per_s loss_first loss_last state_digest chain_digest
-generations checkpoints placement incidents dir status_url""".split()
+generations checkpoints placement incidents dir status_url""".split()  # noqa: SIM905
 
 
 def test_run_document(story: Story) -> None:
@@ -128,7 +128,7 @@ def test_run_document(story: Story) -> None:
 def test_incident_of_the_killed_worker(story: Story) -> None:
     queries = finish(story)
     [incident] = queries.run()["incidents"]
-    wanted = "id kind injected_step detected_step before_commit verdict votes node device actions detect_s recovery_s resumed_from"
+    wanted = "id kind injected_step detected_step before_commit verdict votes node device actions detect_s recovery_s resumed_from"  # noqa: E501
     assert set(wanted.split()) <= set(incident)
     assert (incident["kind"], incident["node"], incident["verdict"], incident["resumed_from"]) == (
         "crash",
