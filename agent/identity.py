@@ -20,7 +20,7 @@ def next_epoch(folder: Path) -> int:
         stored = int(path.read_text())
     except (FileNotFoundError, ValueError):
         stored = 0
-    epoch = max(stored + 1, time.time_ns() // 1_000_000)
+    epoch = max(stored + 1, time.time_ns() // 1_000)
     temporary = path.with_name("epoch.new")
     temporary.write_text(str(epoch))
     temporary.rename(path)
