@@ -13,7 +13,7 @@ _LIBRARIES = ("torch", "numpy")
 def next_epoch(folder: Path) -> int:
     """Give this life of the agent its number, greater than any before, and remember it in `folder`.
 
-    Milliseconds since 1970 keep it growing when the folder was lost, the stored number when the clock was set back.
+    Microseconds since 1970 keep it growing when the folder was lost, the stored number when the clock was set back.
     """
     path = folder / "epoch"
     try:

@@ -84,7 +84,7 @@ def test_any_document_is_a_configuration_or_a_config_error(document: dict[str, A
 def test_epochs_grow_even_when_the_clock_was_set_back_or_the_folder_lost(tmp_path: Path) -> None:
     first, second = next_epoch(tmp_path), next_epoch(tmp_path)
     assert second > first
-    (tmp_path / "epoch").write_text(str(2**50))
-    assert next_epoch(tmp_path) == 2**50 + 1
+    (tmp_path / "epoch").write_text(str(2**52))
+    assert next_epoch(tmp_path) == 2**52 + 1
     (tmp_path / "epoch").write_text("torn")
     assert next_epoch(tmp_path) > second
