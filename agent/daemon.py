@@ -27,7 +27,7 @@ from agent.outbox import Outbox
 from agent.reports import Reports, dropped_notice
 from agent.roster import Member, Roster
 from agent.standbys import Standbys
-from agent.telemetry import Telemetry
+from agent.telemetry import Telemetry, traceparent
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Daemon:
         spool = config.state / "outbox"
         self._outbox = Outbox(spool, self._epoch, dropped_notice)
         self._reports = Reports(self._outbox)
-        self._telemetry = Telemetry(config.trace, config.otlp_endpoint)
+        self._telemetry = Telemetry("agent", config.trace, config.otlp_endpoint)
         self._history = History(config.state)
         self._roster = Roster(self._over, self._changed)
         numbers = itertools.count(1)
@@ -127,6 +127,8 @@ class Daemon:
             "device": self._config.device,
             "runtime": str(self._config.runtime),
             "gang_pid": self._gang.pid,
+            "trace": str(self._config.trace or ""),
+            "otlp_endpoint": self._config.otlp_endpoint or "",
         }
 
     def received(self, client: Connection, message: Message) -> None:
@@ -200,7 +202,7 @@ class Daemon:
         if last is not None:
             body |= {"step": last.step, "phase": last.phase}
         body |= {key: member.last_words[key] for key in ("step", "phase") if key in member.last_words}
-        self._reports.say("worker_exited", body)
+        self._say_alarm("worker_exited", body, quiet=member.cause in ("completed", "stopped"))
         if not self._stop.is_set():
             self._standbys.over(member)
 
@@ -208,7 +210,16 @@ class Daemon:
         body = {"job": stall.worker.job, "generation": stall.worker.generation, "rank": stall.worker.rank}
         seen = {"pid": stall.worker.pid, "step": stall.step, "phase": stall.phase, "waiting": stall.waiting}
         took = {"stalled_s": stall.stalled_s, "deadline_s": stall.deadline_s, "process_state": stall.process_state}
-        self._reports.say("progress_stalled", body | seen | took)
+        self._say_alarm("progress_stalled", body | seen | took)
+
+    def _say_alarm(self, kind: str, body: Message, *, quiet: bool = False) -> None:
+        """Report what an incident may begin with, as the first span of its trace; `quiet`: it is no alarm after all."""
+        if quiet:
+            self._reports.say(kind, body)
+            return
+        named = {key: body[key] for key in ("job", "generation", "rank", "pid")}
+        with self._telemetry.span(kind, "", **named) as span:
+            self._reports.say(kind, body, traceparent=traceparent(span))
 
     def _gang_ended(self) -> None:
         """Its workers end with it, by Ray's rule; killing them makes that immediate and certain."""

@@ -1,8 +1,9 @@
-"""The agent's spans: each order from the controller becomes one, joined to the trace of the incident it belongs to."""
+"""The node's spans: orders that the agent carries out and what workers do about an alarm, joined to their incident."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from opentelemetry.trace import Span
 
@@ -10,17 +11,21 @@ from assay import telemetry
 
 
 class Telemetry:
-    """Records spans to a collector or a file, in the background. Costs the daemon tens of microseconds a span."""
+    """Records spans of an agent or a worker to a collector or a file, in the background.
 
-    def __init__(self, trace: Path | None, otlp_endpoint: str | None) -> None:
-        self._tracing = telemetry.setup("assay-agent", trace, otlp_endpoint)
+    A span costs its caller tens of microseconds; none is made for a step that nothing disturbs.
+    """
+
+    def __init__(self, role: Literal["agent", "worker"], trace: Path | None, otlp_endpoint: str | None) -> None:
+        self._role = role
+        self._tracing = telemetry.setup(f"assay-{role}", trace, otlp_endpoint)
 
     @contextmanager
-    def span(self, name: str, parent: str, **attributes: str | int) -> Iterator[Span]:
-        """Record `assay.agent.{name}` under the traceparent `parent` (empty: a trace of its own)."""
+    def span(self, name: str, parent: str, **attributes: str | int | float) -> Iterator[Span]:
+        """Record `assay.{role}.{name}` under the traceparent `parent` (empty: a trace of its own)."""
         named = {f"assay.{key}": value for key, value in attributes.items()}
         with self._tracing.tracer.start_as_current_span(
-            f"assay.agent.{name}", context=telemetry.context(parent), attributes=named
+            f"assay.{self._role}.{name}", context=telemetry.context(parent), attributes=named
         ) as span:
             yield span
 

@@ -3,14 +3,15 @@
 import os
 import queue
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from agent.client import DaemonClient
 from agent.drills import Drill, Drills, Surroundings
 from agent.slots import Slots, SlotsError
+from agent.telemetry import Telemetry, traceparent
 from agent.training.collective import Group, PeerLost, serve_rendezvous
 from agent.training.engine import Engine
 from agent.training.replay import Member, recompute, vote_body
@@ -31,6 +32,9 @@ class Worker:
         self._client = DaemonClient(
             Path(sock), "worker", standby=standby, on_message=self._on_message, on_lost=_exit_without_agent
         )
+        welcome = self._client.welcome
+        trace = Path(welcome["trace"]) if welcome["trace"] else None
+        self._telemetry = Telemetry("worker", trace, welcome["otlp_endpoint"] or None)
         self._node_ip = node_ip
         self._engine: Engine | None = None
         self._store: object | None = None
@@ -47,7 +51,12 @@ class Worker:
     def run(self, assignment: dict[str, Any]) -> dict[str, str]:
         """Take the seat and train to the end; returns the cause and detail of WorkerExited."""
         engine = self._ready(assignment["spec"])
-        seat = Seat(assignment["job"], int(assignment["generation"]), int(assignment["rank"]))
+        seat = Seat(
+            assignment["job"],
+            int(assignment["generation"]),
+            int(assignment["rank"]),
+            str(assignment.get("traceparent", "")),
+        )
         slots = self._slots(Path(assignment["slots"]), engine.layout.nbytes)
         slots.enter(seat.generation, 0, "rendezvous")
         try:
@@ -83,7 +92,7 @@ class Worker:
         }
 
     def _train(self, engine: Engine, group: Group, slots: Slots, seat: Seat, assignment: dict[str, Any]) -> None:
-        daemon = _Reports(self._client, seat, self._inbox, str(assignment.get("traceparent", "")))
+        daemon = _Reports(self._client, seat, self._inbox, self._telemetry)
         drills = self._drills(engine, seat, assignment, daemon)
         engine.surround = _surround(engine, seat, drills)
         self._listeners.append(lambda message: _arm(message, drills))
@@ -136,12 +145,13 @@ class _Reports:
     """Training's and the drills' view of the daemon, with the job's coordinates filled in."""
 
     def __init__(
-        self, client: DaemonClient, seat: Seat, inbox: "queue.Queue[dict[str, Any]]", traceparent: str
+        self, client: DaemonClient, seat: Seat, inbox: "queue.Queue[dict[str, Any]]", telemetry: Telemetry
     ) -> None:
         self._client = client
         self._seat = seat
         self._inbox = inbox
-        self._traceparent = traceparent
+        self._telemetry = telemetry
+        self._traceparent = ""
 
     def report(self, kind: str, body: dict[str, Any], urgent: bool = False) -> None:
         self._client.report(kind, body, urgent=urgent, traceparent=self._traceparent)
@@ -151,6 +161,18 @@ class _Reports:
 
     def flush(self, timeout: float) -> bool:
         return self._client.flush(timeout)
+
+    @contextmanager
+    def span(self, name: str, parent: str, **attributes: str | int | float) -> Iterator[str]:
+        seat = self._seat
+        where: dict[str, str | int] = {"job": seat.job, "generation": seat.generation, "rank": seat.rank}
+        before = self._traceparent
+        with self._telemetry.span(name, parent, **where, **attributes) as span:
+            self._traceparent = traceparent(span)
+            try:
+                yield self._traceparent
+            finally:
+                self._traceparent = before
 
     def kill_controller(self) -> None:
         self._client.send({"t": "kill_controller"})

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,12 @@ class Daemon(Protocol):
 
     def step(self, record: dict[str, Any]) -> None:
         """Queue a step record."""
+
+    def span(self, name: str, parent: str, **attributes: str | int | float) -> AbstractContextManager[str]:
+        """A span of the trace that `parent` belongs to (empty: a new one); gives its own traceparent.
+
+        What is reported inside carries it.
+        """
 
     def wait_vote(self, step: int, rank: int, timeout: float) -> list[dict[str, Any]]:
         """Votes of other devices on `rank`'s `step`; empty when there will be none or time is up."""

@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +43,12 @@ class Awaiting(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Which place in which generation this worker takes."""
+    """Which place in which generation this worker takes; `traceparent` is of the order that gave it."""
 
     job: str
     generation: int
     rank: int
+    traceparent: str = ""
 
 
 #: Called at (step, phase): drills strike here, by coordinates.
@@ -74,22 +76,35 @@ class Trainer:
         self.recovery = Recovery(engine, group, self.transaction, self.storage, daemon, seat.generation)
         self.capture: Capture | None = None
         self.executions: Counter[int] = Counter()
-        self.doubted: tuple[int, list[int]] | None = None
+        self.doubted: tuple[int, list[int], str] | None = None
         self.rolled_back: Counter[int] = Counter()
 
     def run(self) -> SlotRecord:
         """Train to the last step; returns its record. Raises PeerLost, StepRefused, Awaiting."""
+        with self.daemon.span("resume", self.seat.traceparent) as trace:
+            self._restore()
+            with self.daemon.span("first_step", trace, step=self.transaction.record.step + 1):
+                ended = self._advance()
+        while not ended:
+            ended = self._advance()
+        if self.capture is not None:
+            self.capture.close()
+        return self.transaction.record
+
+    def _restore(self) -> None:
         self._enter(0, "restore")
         if self.group.rank == 0:
             self.storage.fence(self.seat.generation)
         self.group.barrier()
         self.recovery.restore()
         self.capture = self._capturer() if self.group.rank == 0 else None
-        while not self._finished():
-            self._step(self.transaction.record.step + 1)
-        if self.capture is not None:
-            self.capture.close()
-        return self.transaction.record
+
+    def _advance(self) -> bool:
+        """Go on by one step; True when there is none left."""
+        if self._finished():
+            return True
+        self._step(self.transaction.record.step + 1)
+        return False
 
     def _finished(self) -> bool:
         """True once the last step is committed and a closing gate has made it final."""
@@ -104,24 +119,33 @@ class Trainer:
         return True
 
     def _step(self, step: int) -> None:
+        trace = self.doubted[2] if self.doubted else None
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            begun = time.monotonic()
-            computation, original = self._compute(step, attempt)
-            sensed = time.monotonic()
-            self._enter(step, "reduce")
-            self.strike(step, "reduce")
-            self.group.reduce(self.engine.gradients)
-            outcome, rows = self._gate(step, attempt, computation)
-            if outcome.decision is Decision.ROLL_BACK:
-                self._roll_back(rows)
+            with nullcontext() if trace is None else self.daemon.span("redo", trace, step=step, attempt=attempt):
+                alarmed = self._attempt(step, attempt)
+            if alarmed is None:
                 return
-            self._settle(step - 1)
-            if outcome.decision is Decision.COMMIT:
-                record = self._commit(step, outcome, rows)
-                self._report(record, computation, outcome, begun, sensed)
-                return
-            self._hold(Held(self.seat.generation, step, attempt, computation, original), outcome)
+            trace = self._hold(*alarmed)
         raise StepRefused(f"step {step} still alarms after {MAX_ATTEMPTS} attempts")
+
+    def _attempt(self, step: int, attempt: int) -> tuple[Held, Outcome] | None:
+        """Compute, reduce and pass the gate; None when the step is committed or what preceded it rolled back."""
+        begun = time.monotonic()
+        computation, original = self._compute(step, attempt)
+        sensed = time.monotonic()
+        self._enter(step, "reduce")
+        self.strike(step, "reduce")
+        self.group.reduce(self.engine.gradients)
+        outcome, rows = self._gate(step, attempt, computation)
+        if outcome.decision is Decision.ROLL_BACK:
+            self._roll_back(rows)
+            return None
+        self._settle(step - 1)
+        if outcome.decision is Decision.COMMIT:
+            record = self._commit(step, outcome, rows)
+            self._report(record, computation, outcome, begun, sensed)
+            return None
+        return Held(self.seat.generation, step, attempt, computation, original), outcome
 
     def _compute(self, step: int, attempt: int) -> tuple[Computation, str]:
         self._enter(step, "forward")
@@ -196,12 +220,24 @@ class Trainer:
         if self.capture is not None:
             self.capture.finalise(step)
 
-    def _hold(self, held: Held, outcome: Outcome) -> None:
-        """Nothing is committed until every suspect has a verdict; afterwards the step is redone."""
+    def _hold(self, held: Held, outcome: Outcome) -> str:
+        """Nothing is committed until every suspect has a verdict; afterwards the step is redone, in the trace given."""
         self._enter(held.step, "replay")
+        trace = ""
         for suspect in outcome.suspects:
-            ruling = self.replayer.judge(self._with_original(held, suspect), suspect)
+            trace = self._begin_trace(suspect, "alarm", held.step)
+            with self.daemon.span("replay", trace, step=held.step, suspect=suspect, reason=outcome.reason):
+                ruling = self.replayer.judge(self._with_original(held, suspect), suspect)
             self._act_on(ruling, held, suspect)
+        return trace
+
+    def _begin_trace(self, rank: int, name: str, step: int) -> str:
+        """`rank` begins the trace of an incident; every rank learns its context, to join it."""
+        mine = ""
+        if self.group.rank == rank:
+            with self.daemon.span(name, "", step=step) as mine:
+                pass  # a mark in time: what follows from it has spans of its own
+        return str(self.group.gather_objects(mine)[rank])
 
     def _with_original(self, held: Held, suspect: int) -> Held:
         """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh."""
@@ -235,14 +271,16 @@ class Trainer:
         if self.capture is not None:
             self.capture.discard(step)
             self.capture.close()
-        self.doubted = (step, [row.digest for row in rows])
-        self.recovery.roll_back()
+        trace = self._begin_trace(0, "disagreement", step)
+        with self.daemon.span("roll_back", trace, step=step):
+            self.recovery.roll_back()
+        self.doubted = (step, [row.digest for row in rows], trace)
 
     def _settle_doubt(self, record: SlotRecord) -> None:
         """After the redo it is plain whose state was wrong."""
         if self.doubted is None or self.doubted[0] != record.step:
             return
-        step, digests = self.doubted
+        step, digests, _ = self.doubted
         self.doubted = None
         wrong = [rank for rank, value in enumerate(digests) if value != record.digest]
         if self.group.rank == next((r for r in range(self.group.world) if r not in wrong), 0):

@@ -1,5 +1,6 @@
 """The main job as a user runs it: faults from inside and outside end in the very bits of the undisturbed run."""
 
+import json
 import os
 import signal
 import subprocess
@@ -59,6 +60,31 @@ def test_corruption_and_a_kill_leave_no_trace_in_the_bits(run: Start, clean: Doc
         check=False,
     )
     assert replay.returncode == 0, replay.stdout + replay.stderr
+    one_trace_each(document)
+
+
+def one_trace_each(document: Document) -> None:
+    """Each incident is one trace, from the alarm by way of the decision to the first step that committed again."""
+    traces: dict[str, set[tuple[str, str]]] = {}
+    for line in Path(document["dir"], "trace.jsonl").read_text().splitlines():
+        span = json.loads(line)
+        traces.setdefault(span["trace_id"], set()).add((span["service"], span["name"]))
+    held = {
+        ("assay-worker", "assay.worker.alarm"),
+        ("assay-worker", "assay.worker.replay"),
+        ("assay-controller", "assay.incident.decide"),
+        ("assay-worker", "assay.worker.redo"),
+    }
+    restarted = {
+        ("assay-agent", "assay.agent.worker_exited"),
+        ("assay-controller", "assay.incident.decide"),
+        ("assay-agent", "assay.agent.stop_generation"),
+        ("assay-agent", "assay.agent.start_generation"),
+        ("assay-worker", "assay.worker.resume"),
+        ("assay-worker", "assay.worker.first_step"),
+    }
+    for wanted in (held, restarted):
+        assert [spans for spans in traces.values() if wanted <= spans], (wanted, traces)
 
 
 def test_without_sensors_the_corruption_escapes_and_is_listed_so(run: Start, clean: Document) -> None:
@@ -154,8 +180,6 @@ def test_a_run_is_resumed_from_its_directory(run: Start, clean: Document) -> Non
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    import json
-
     same_bits(json.loads(done.stdout), clean)
 
 
