@@ -9,13 +9,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agent import actor
@@ -131,7 +132,9 @@ class Gang:
         self._end(str(message["standby"]))
 
     def _exited(self, standby: str, cause: str, error: Exception) -> None:
-        detail = f"{type(error).__name__}: {error}"[:500]
+        traceback.print_exception(error)  # all of it goes to the gang's log; the report takes the cause in one line
+        cause_of_it = error.cause if isinstance(error, RayTaskError) else error
+        detail = f"{type(cause_of_it).__name__}: {cause_of_it}"[:500]
         self._client.send({"t": "exited", "standby": standby, "cause": cause, "detail": detail})
         self._end(standby)
 

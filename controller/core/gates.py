@@ -29,8 +29,9 @@ def gate_alarm(change: Change, event: GateAlarm) -> None:
     if event.attempt > gate.attempt > 0:
         change.note(gate.incident, f"attempt {event.attempt} of step {event.step} alarmed too")
     gate = _keep(job, replace(gate, attempt=max(gate.attempt, event.attempt)))
-    if event.needs_third and event.attempt > gate.asked and not job.restart:
-        _ask(change, job, _keep(job, replace(gate, asked=event.attempt)), event.attempt)
+    role = "third" if any(vote.role == "peer" for vote in event.votes) else "peer"
+    if event.needs_third and (event.attempt, role) > (gate.asked, gate.role) and not job.restart:
+        _ask(change, job, _keep(job, replace(gate, asked=event.attempt, role=role)), event)
 
 
 def replay_result(change: Change, event: ReplayResult) -> None:
@@ -162,19 +163,24 @@ def _keep(job: Job, gate: Gate) -> Gate:
     return gate
 
 
-def _ask(change: Change, job: Job, gate: Gate, attempt: int) -> None:
+def _ask(change: Change, job: Job, gate: Gate, event: GateAlarm) -> None:
     """Have a node without a rank recompute the suspect's gradients, from the state of another rank if there is one."""
-    nodes = [node for _, node in sorted(change.state.nodes.items())]
-    third = next((node for node in nodes if not job.holds(node.name) and ready(node, job)), None)
-    if third is None:
-        _deliver(change, job, gate, (), "no spare has a warm worker for a third vote")
+    voted = {vote.node for vote in event.votes}
+    nodes = [node for _, node in sorted(change.state.nodes.items()) if node.name not in voted]
+    spare = next((node for node in nodes if not job.holds(node.name) and ready(node, job)), None)
+    if spare is None:
+        _deliver(change, job, gate, (), f"no spare has a warm worker for a {gate.role} vote")
         return
+    if gate.role == "third":
+        why = f"rank {gate.rank} and its peer differ at step {gate.step}: a third vote decides"
+    else:
+        why = f"no other rank can recompute step {gate.step} of rank {gate.rank}: a spare is its peer"
     source = _source(change, job, gate.rank)
     replay = change.act(
         Replay,
         job,
-        third.name,
-        f"rank {gate.rank} and its peer differ at step {gate.step}: a third vote decides",
+        spare.name,
+        why,
         incident=gate.incident,
         seconds=change.policy.third_vote_s,
         spec=job.spec,
@@ -182,7 +188,7 @@ def _ask(change: Change, job: Job, gate: Gate, attempt: int) -> None:
         rank=gate.rank,
         source_rank=source[0],
         source=source[1].peer_endpoint,
-        attempt=attempt,
+        attempt=event.attempt,
     )
     _keep(job, replace(gate, replay=replay.id, vote_due=replay.deadline))
 
@@ -201,8 +207,9 @@ def _third_vote(change: Change, event: ReplayResult) -> None:
     if known is None or gate is None or event.node != _asked(change, gate):
         return
     job = change.job(known.id)
-    add_votes(change.incident(gate.incident), event.votes)
-    _deliver(change, job, gate, event.votes, f"{event.node} has voted")
+    votes = tuple(replace(vote, role=gate.role) for vote in event.votes)
+    add_votes(change.incident(gate.incident), votes)
+    _deliver(change, job, gate, votes, f"{event.node} has voted")
 
 
 def _asked(change: Change, gate: Gate) -> str:

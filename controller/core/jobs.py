@@ -15,7 +15,7 @@ from controller.core.change import Change
 from controller.core.events import DrillFired, DrillRequested, JobCancelled, JobSubmitted, Resumed, StepFinal
 from controller.core.incidents import DISTANCE, close_recovered, list_escaped, of_job
 from controller.core.nodes import SPENT, prepare
-from controller.core.placement import first_plan
+from controller.core.placement import first_plan, hopeless, told
 from controller.core.state import ACTIVE, UNDER_WAY, Fired, Job, JobStatus, Resume
 
 # What an agent no longer needs to do, and the executor no longer to send, once its generation or job is to end.
@@ -39,6 +39,7 @@ def submitted(change: Change, event: JobSubmitted) -> None:
         return
     job.world, job.status, job.submitted_at = event.world, JobStatus.PENDING, change.now
     job.explanation, job.ended_at, job.fingerprint, job.fruitless = "", None, "", 0
+    job.failures = {}
     for _, node in sorted(change.state.nodes.items()):
         prepare(change, job, node)
 
@@ -57,8 +58,12 @@ def advance_pending(change: Change, job: Job) -> None:
     if plan is not None:
         reason = "first start" if job.generation == 0 else f"goes on to step {job.steps}"
         start(change, job, plan, reason)
+    elif why := hopeless(change, job):
+        end(change, job, JobStatus.FAILED, why)
     elif change.now >= job.submitted_at + change.policy.pending_s:
         why = "not enough warm workers" if fenced else f"generation {job.generation} is not proven stopped"
+        if failures := told(job):
+            why += f" ({failures})"
         end(change, job, JobStatus.FAILED, f"did not start within {change.policy.pending_s:.0f} s: {why}")
 
 

@@ -8,7 +8,7 @@ from controller.core.incidents import open_incident
 from controller.core.jobs import prove
 from controller.core.nodes import ADMITTING, SPENT, admit, hello, link_lost, lost, stop_stragglers, unlink
 from controller.core.restarts import report
-from controller.core.state import ACTIVE, UNDER_WAY, Job, JobStatus, Standby
+from controller.core.state import ACTIVE, UNDER_WAY, Failures, Job, JobStatus, Standby
 
 
 def worker_ready(change: Change, event: WorkerReady) -> None:
@@ -17,6 +17,8 @@ def worker_ready(change: Change, event: WorkerReady) -> None:
     job = change.state.jobs.get(event.job)
     if known is None or job is None or job.status not in ACTIVE or event.standby in known.spent:
         return
+    if event.node in job.failures:
+        del change.job(event.job).failures[event.node]
     node = change.node(event.node)
     node.standbys[event.standby] = Standby(
         event.standby, event.job, event.pid, event.device, event.rendezvous, event.fingerprint
@@ -69,6 +71,10 @@ def _forget_standby(change: Change, event: WorkerExited) -> None:
         node = change.node(event.node)
         node.standbys.pop(event.standby, None)
         node.spent = (*node.spent, event.standby)[-SPENT:]
+        if event.generation == 0 and event.cause == "error" and event.job in change.state.jobs:
+            job = change.job(event.job)
+            count = job.failures[event.node].count if event.node in job.failures else 0
+            job.failures[event.node] = Failures(count + 1, event.detail)
 
 
 def progress_stalled(change: Change, event: ProgressStalled) -> None:

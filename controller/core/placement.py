@@ -59,6 +59,23 @@ def next_plan(change: Change, job: Job, restart: Restart) -> tuple[Placement, ..
     return tuple(_place(change, job, rank, node) for rank, node in sorted((keep | filled).items()))
 
 
+def hopeless(change: Change, job: Job) -> str:
+    """Why no node will ever have a warm worker for `job`, in the words of the newest failures; "" while one may."""
+    nodes = [node for _, node in sorted(change.state.nodes.items()) if node.linked and node.state not in OUT]
+    failed = [(node.name, job.failures[node.name]) for node in nodes if node.name in job.failures]
+    if not nodes or len(failed) < len(nodes) or min(item.count for _, item in failed) < change.policy.standby_failures:
+        return ""
+    return f"no node can prepare a worker: {told(job)}"
+
+
+def told(job: Job) -> str:
+    """The failures of standbys by reason, each reason once with its nodes; "" if there are none."""
+    nodes: dict[str, list[str]] = {}
+    for name, item in sorted(job.failures.items()):
+        nodes.setdefault(item.detail, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {detail}" for detail, names in nodes.items())
+
+
 def has_replacement(change: Change, job: Job) -> bool:
     """Whether some node without a rank is in service, or may be back in time."""
     back = change.now - change.policy.node_return_s

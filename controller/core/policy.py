@@ -28,6 +28,9 @@ class Policy:
     third_vote_s: float = 20.0
     # The last step's records and the exits travel by different sockets of one agent; this is only for what was lost.
     finish_wait_s: float = 30.0
+    # A standby that cannot be made is tried again after 0.2 s, then 0.4 s: what fails three times running on every node
+    # (a corpus that cannot be read, a broken installation) will not get better by waiting.
+    standby_failures: int = 3
     # A restart costs about half a second, a loop of them costs a night (one public report counts 44).
     fruitless_restarts: int = 5
     # Corrupting a step and then its redo is a fault that stayed. Faults further apart are weighed as suspicion: a gate

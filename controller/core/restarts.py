@@ -7,7 +7,7 @@ from controller.core.change import Change
 from controller.core.incidents import join, open_incident
 from controller.core.jobs import end, prove, start, stop_members
 from controller.core.nodes import lost
-from controller.core.placement import next_plan, waits
+from controller.core.placement import hopeless, next_plan, told, waits
 from controller.core.state import Job, JobStatus, Restart
 
 
@@ -77,6 +77,8 @@ def advance(change: Change, job: Job) -> None:
         plan = next_plan(change, job, restart)
     if plan is not None:
         _start_next(change, job, restart.incident, plan)
+    elif fenced and (why := hopeless(change, job)):
+        end(change, job, JobStatus.FAILED, why, restart.incident)
     elif change.now >= restart.deadline:
         _give_up(change, job, restart.incident, fenced)
 
@@ -116,6 +118,8 @@ def _give_up(change: Change, job: Job, key: str, fenced: bool) -> None:
     waited = f"{change.policy.node_return_s:.0f} s"
     if fenced:
         why = f"no spare is left and no node came back within {waited}"
+        if failures := told(job):
+            why += f" ({failures})"
     else:
         why = f"no member of generation {job.generation} could be proven stopped within {waited}"
         question = f"Are the workers of {job.id}, generation {job.generation}, gone? None of their nodes answers."

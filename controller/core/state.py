@@ -7,7 +7,7 @@ from controller.core.actions import Action, Placement
 from controller.core.events import Device, Drill, Vote
 from controller.core.policy import Policy
 
-STATE_VERSION = 1  # grows when a stored snapshot can no longer be read as it is
+STATE_VERSION = 2  # grows when a stored snapshot can no longer be read as it is
 
 
 class NodeState(StrEnum):
@@ -116,8 +116,9 @@ class Restart:
 class Gate:
     """A held step of one suspect rank. Invariant: `judged` <= `attempt`.
 
-    `attempt` is the newest alarm's, `judged` the newest one with a verdict, `asked` the newest one for which a third
-    vote was arranged. `replay` is the outstanding Replay's id, to be answered by `vote_due`.
+    `attempt` is the newest alarm's, `judged` the newest one with a verdict, `asked` the newest one for which a spare's
+    vote was arranged, in the place of `role` ("peer", "third"). `replay` is the outstanding Replay's id, to be answered
+    by `vote_due`.
     """
 
     step: int
@@ -126,6 +127,7 @@ class Gate:
     attempt: int = 0
     judged: int = 0
     asked: int = 0
+    role: str = ""
     replay: str = ""
     vote_due: float = 0.0
 
@@ -150,6 +152,14 @@ class Suspicion:
 
     bad: float
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Standbys of a job that could not be made on one node, since the last one that could: how many, and why."""
+
+    count: int
+    detail: str
 
 
 @dataclass(slots=True)
@@ -190,6 +200,7 @@ class Job:
     gates: dict[str, Gate] = field(default_factory=dict)
     corruptions: dict[str, int] = field(default_factory=dict)
     fired: dict[str, Fired] = field(default_factory=dict)
+    failures: dict[str, Failures] = field(default_factory=dict)
 
     def placed(self, rank: int) -> Placement | None:
         """Where `rank` of the current generation is, or None."""

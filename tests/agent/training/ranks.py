@@ -122,6 +122,7 @@ def _rank(
         {"report": "end", "step": record.step, "digest": f"{record.digest:016x}", "chain": f"{record.chain:016x}"}
     )
     group.close()
+    os._exit(0)  # as Ray ends its workers: an interpreter's orderly end has been seen to abort in gloo's threads
 
 
 def train(

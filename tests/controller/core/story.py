@@ -98,6 +98,25 @@ class Story:
             )
         )
 
+    def failed(self, node: str, detail: str = "broken") -> list[Action]:
+        """A standby could not be made; `detail` is one word of the transcript."""
+        count = self.standbys[node] = self.standbys.get(node, 0) + 1
+        return self.feed(
+            events.WorkerExited(
+                time=self.now,
+                node=node,
+                job=self.job,
+                generation=0,
+                rank=-1,
+                pid=1,
+                cause="error",
+                detail=detail,
+                step=0,
+                phase="",
+                standby=f"{node}-s{count}",
+            )
+        )
+
     def submit(self, steps: int = 40, world: int = 2, drills: str = "") -> list[Action]:
         """`drills`: "kill@25:0,sdc@12:1"."""
         made = [drill_of(text) for text in drills.split(",") if text]
@@ -189,7 +208,12 @@ class Story:
             )
         )
 
-    def alarm(self, rank: int, step: int, attempt: int = 1, third: bool = False) -> list[Action]:
+    def alarm(self, rank: int, step: int, attempt: int = 1, third: bool = False, peer: str = "") -> list[Action]:
+        """`third`: the gate waits for a spare's vote. `peer`: the node whose vote as the peer it has already."""
+        home = self.home(rank)
+        if not peer and self.state.jobs[self.job].world > 1:
+            peer = self.home(1 - rank)
+        votes = (self.vote("original", home, "bad"), self.vote("suspect", home, "bad"))
         return self.feed(
             events.GateAlarm(
                 time=self.now,
@@ -201,7 +225,7 @@ class Story:
                 device=f"cpu-{self.home(rank)}",
                 attempt=attempt,
                 alarms=(Alarm("gemm", "layers.1.moe.experts.3.gate", "linear", "fprop", 41.5, "row 7"),),
-                votes=(self.vote("original", self.home(rank), "bad"),),
+                votes=(*votes, self.vote("peer", peer, "good")) if third and peer else votes[:1],
                 needs_third=third,
                 evidence="",
             )
@@ -216,7 +240,7 @@ class Story:
     ) -> list[Action]:
         reporter = self.home(rank if by is None else by)
         suspect = self.home(rank)
-        votes = (self.vote("original", suspect, "bad"), self.vote("suspect", suspect, "good"))
+        votes = (self.vote("original", suspect, "bad"), self.vote("suspect", suspect, "bad" if recurrent else "good"))
         return self.feed(
             self._replayed(reporter, step, rank, votes, verdict=verdict, blamed=blamed, recurrent=recurrent)
         )
