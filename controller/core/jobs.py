@@ -130,19 +130,32 @@ def end(change: Change, job: Job, status: JobStatus, why: str, incident: str = "
 
 
 def advance_running(change: Change, job: Job) -> None:
-    """Complete a job whose ranks have all left after the last step; go on if it was extended meanwhile."""
-    if len(job.exits) < job.world or any(cause != "completed" for cause in job.exits.values()):
-        return
-    if job.committed_step >= job.run_steps and job.run_steps < job.steps:
+    """Complete a job whose ranks have left after the last step; go on if it was extended meanwhile.
+
+    A rank leaves only after the closing gate, in which all ranks agreed on the last step's state. So one that left
+    speaks for members that cannot be reached, and for records that were lost on the way; both get time to turn up.
+    """
+    if not _left(change, job):
+        job.finish_due = 0.0
+    elif job.committed_step < job.run_steps and not job.finish_due:
+        job.finish_due = change.now + change.policy.finish_wait_s
+    elif job.committed_step >= job.run_steps or change.now >= job.finish_due:
+        why = f"all {job.run_steps} steps are committed"
+        if job.committed_step < job.run_steps:
+            why += ", though the records of some ranks are missing"
+        _progress(job, job.run_steps)
+        if job.run_steps >= job.steps:
+            end(change, job, JobStatus.COMPLETED, why)
+            return
         close_recovered(change, job, job.generation, job.committed_step, change.event.time)
         job.status, job.submitted_at, job.outage = JobStatus.PENDING, change.now, ""
-    elif job.committed_step >= job.steps:
-        end(change, job, JobStatus.COMPLETED, f"all {job.steps} steps are committed")
-    elif not job.finish_due:
-        job.finish_due = change.now + change.policy.finish_wait_s
-    elif change.now >= job.finish_due:
-        why = f"all ranks left, but step {job.steps} was never confirmed (the last one is {job.committed_step})"
-        end(change, job, JobStatus.FAILED, why)
+
+
+def _left(change: Change, job: Job) -> bool:
+    """Whether at least one rank has left after the last step, and each other one has too or cannot be reached."""
+    rest = [place for place in job.placements if job.exits.get(place.rank) != "completed"]
+    reachable = [place for place in rest if place.rank in job.exits or change.state.nodes[place.node].linked]
+    return len(rest) < job.world and not reachable
 
 
 def step_final(change: Change, event: StepFinal) -> None:

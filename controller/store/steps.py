@@ -6,6 +6,7 @@ from sqlalchemy import Connection, func, select
 
 from controller.store import segments
 from controller.store.schema import generations as generation_rows
+from controller.store.schema import jobs
 from controller.store.schema import placements as placement_rows
 from controller.store.schema import segments as rows
 
@@ -54,7 +55,8 @@ def committed_count(connection: Connection, job: str) -> int:
     """Give the last step that all ranks of some generation have reported; earlier ones were committed before it.
 
     Counting records would come short by a step whose report died with its worker: it was committed all the same, since
-    the next generation went on from it (`resumed_step`).
+    the next generation went on from it (`resumed_step`). A completed job has committed all its steps, whatever records
+    were lost with a node.
     """
     last = (
         select(rows.c.generation, rows.c.rank, func.max(rows.c.last_step).label("last"))
@@ -67,7 +69,8 @@ def committed_count(connection: Connection, job: str) -> int:
         by_generation.setdefault(row.generation, []).append(row.last)
     reached = [min(lasts) for lasts in by_generation.values() if len(lasts) == world]
     resumed = select(func.max(generation_rows.c.resumed_step)).where(generation_rows.c.job == job)
-    return max([*reached, connection.execute(resumed).scalar() or 0], default=0)
+    done = select(jobs.c.steps).where(jobs.c.id == job, jobs.c.status == "COMPLETED")
+    return max(*reached, *(connection.execute(found).scalar() or 0 for found in (resumed, done)))
 
 
 def generations(connection: Connection, job: str) -> list[dict[str, Any]]:

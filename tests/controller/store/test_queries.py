@@ -163,6 +163,21 @@ def test_a_commit_whose_report_was_lost_still_counts(any_store: Store, story: St
     assert (document["committed_steps"], document["executed_steps"]) == (4, 5)
 
 
+def test_a_completed_job_counts_all_its_steps_though_a_node_took_its_records_along(story: Story) -> None:
+    told = story.recorder
+    first, last = told.state.jobs["main"].placements
+    for place in (first, last):
+        story.hear(place.node, resumed(place.rank, 2, 3, "live"))
+    story.hear(first.node, steps(first.rank, [record(4), record(5)], generation=2))
+    story.see(events.LinkLost(time=1.0, node=last.node, epoch=1))
+    story.hear(first.node, exited(first.rank, 2, "completed", 5, node=first.node))
+    assert told.state.jobs["main"].status == "RUNNING"
+    told.state.jobs["main"].finish_due = 1.0
+    story.see(events.Tick(time=1.0))
+    document = story.store_all().run()
+    assert (document["status"], document["committed_steps"]) == ("COMPLETED", 5)
+
+
 @pytest.mark.parametrize(
     ("under_way", "resumed_step", "again"),
     [({1: 25}, 24, 1), ({1: 25}, 20, 5), ({}, 24, 0), ({1: 25}, None, 0), ({1: 24}, 24, 0), ({1: 3}, 24, 0)],
