@@ -234,6 +234,7 @@ class Link:
         return [
             ("grpc.keepalive_time_ms", int(self._timing.keepalive * 1000)),
             ("grpc.keepalive_timeout_ms", int(self._timing.keepalive_answer * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(self._timing.keepalive_answer * 1000)),
             ("grpc.http2.max_pings_without_data", 0),
             # Each attempt starts from nothing: otherwise gRPC's own back-off, up to 2 minutes, hides behind ours.
             ("grpc.use_local_subchannel_pool", 1),

@@ -53,6 +53,8 @@ SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 10000),
     ("grpc.keepalive_timeout_ms", 5000),
+    # What ends the stream of a peer that does not answer a ping: by default a minute, whatever the line above says.
+    ("grpc.http2.ping_timeout_ms", 5000),
     # By default gRPC slows pings down to one a minute once two went out without data.
     ("grpc.http2.max_pings_without_data", 0),
 ]

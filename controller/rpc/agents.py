@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -55,13 +55,17 @@ class Gateway(Protocol):
         """The stream of the node broke."""
 
 
+class EndedError(Exception):
+    """We end a stream; says why."""
+
+
 @dataclass(slots=True)
 class Session:
     """One node's open stream. Invariant: `in_flight` counts the reports taken and not acknowledged yet."""
 
     node: str
     epoch: int
-    handler: asyncio.Task[Any] | None
+    ended: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     outgoing: asyncio.Queue[Outgoing] = field(default_factory=lambda: asyncio.Queue(QUEUE_MESSAGES))
     in_flight: int = 0
     welcomed: bool = False
@@ -71,15 +75,15 @@ class Session:
         try:
             self.outgoing.put_nowait((after, message))
         except asyncio.QueueFull:
-            log.warning("%s does not read; its stream is ended", self.node)
-            self.end()
+            self.end(f"{self.node} does not read what it is sent")
             return False
         return True
 
-    def end(self) -> None:
-        """End the stream."""
-        if self.handler is not None:
-            self.handler.cancel()
+    def end(self, why: str) -> None:
+        """End the stream. The handler says so to the node: a cancelled one would leave it waiting for ever."""
+        if not self.ended.done():
+            log.warning("the stream of %s is ended: %s", self.node, why)
+            self.ended.set_result(why)
 
 
 class Sessions:
@@ -100,7 +104,7 @@ class Sessions:
         older = self._open.get(session.node)
         self._open[session.node] = session
         if older is not None:
-            older.end()
+            older.end("a newer stream of this node took its place")
 
     def remove(self, session: Session) -> bool:
         """Forget a stream; False if a newer one has taken its place."""
@@ -147,6 +151,8 @@ class AgentService:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {HELLO_S:.0f} s")
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except EndedError as error:
+            await context.abort(grpc.StatusCode.ABORTED, str(error))
 
     async def _hello(self, requests: AsyncIterator[bytes]) -> HelloMessage:
         try:
@@ -160,7 +166,7 @@ class AgentService:
 
     async def _serve(self, hello: HelloMessage, requests: AsyncIterator[bytes], context: Context) -> None:
         """Welcome the node and take its reports."""
-        session = Session(hello.event.node, hello.event.epoch, asyncio.current_task())
+        session = Session(hello.event.node, hello.event.epoch)
         # An earlier life of the node's agent may still deliver what it left; it gets no actions.
         current = session.epoch >= self._sessions.known_epoch(session.node)
         if current:
@@ -174,7 +180,7 @@ class AgentService:
             if current:
                 session.welcomed = True
                 self._gateway.linked(hello)
-            await self._receive(session, requests)
+            await _unless_ended(session, self._receive(session, requests))
         finally:
             sender.cancel()
             if current and self._sessions.remove(session):
@@ -194,6 +200,19 @@ class AgentService:
                 session.put(convert.ack_message(session.epoch, batch[-1].seq), durable)
 
 
+async def _unless_ended(session: Session, receiving: Coroutine[Any, Any, None]) -> None:
+    """Receive until the node breaks off, or we end its stream; raises EndedError for the latter."""
+    task = asyncio.create_task(receiving)
+    try:
+        either: set[asyncio.Future[Any]] = {task, session.ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise EndedError(session.ended.result())
+        task.result()
+    finally:
+        task.cancel()
+
+
 async def _send(session: Session, context: Context) -> None:
     """Write what is queued, each message once its future is done."""
     while True:
@@ -206,8 +225,7 @@ async def _send(session: Session, context: Context) -> None:
 def _sender_ended(session: Session, sender: asyncio.Task[None]) -> None:
     """End the stream if nothing can be sent any more: the node is gone, or the store is broken."""
     if not sender.cancelled() and sender.exception() is not None:
-        log.info("cannot send to %s: %s", session.node, sender.exception())
-        session.end()
+        session.end(f"nothing can be sent or stored: {sender.exception()}")
 
 
 def _landed(session: Session, count: int, durable: asyncio.Future[None]) -> None:

@@ -218,7 +218,7 @@ def _parsed(kind: type[M], data: bytes) -> M:
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise MalformedError(f"not a {kind.__name__}: {error}") from error
+        raise MalformedError(f"this cannot be read as {kind.__name__}: {error}") from error
     return message
 
 
