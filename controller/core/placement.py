@@ -21,11 +21,11 @@ def ready(node: Node, job: Job) -> Standby | None:
 def first_plan(change: Change, job: Job) -> tuple[Placement, ...] | None:
     """Ranks for a job that starts: rank i on the i-th member by name; None while there are not enough warm workers.
 
-    Spares help out when members are out of service, or late by `spare_start_s`.
+    Spares help out when members are out of service, cannot make a worker, or are late by `spare_start_s`.
     """
     nodes = [node for _, node in sorted(change.state.nodes.items())]
     members = [node for node in nodes if not node.spare]
-    in_service = [node for node in members if node.state not in OUT]
+    in_service = [node for node in members if node.state not in OUT and not _failing(change, job, node)]
     chosen = [node for node in in_service if ready(node, job)][: job.world]
     short = len(members) >= job.world > len(in_service)
     late = change.now >= job.submitted_at + change.policy.spare_start_s
@@ -62,10 +62,15 @@ def next_plan(change: Change, job: Job, restart: Restart) -> tuple[Placement, ..
 def hopeless(change: Change, job: Job) -> str:
     """Why no node will ever have a warm worker for `job`, in the words of the newest failures; "" while one may."""
     nodes = [node for _, node in sorted(change.state.nodes.items()) if node.linked and node.state not in OUT]
-    failed = [(node.name, job.failures[node.name]) for node in nodes if node.name in job.failures]
-    if not nodes or len(failed) < len(nodes) or min(item.count for _, item in failed) < change.policy.standby_failures:
+    if not nodes or not all(_failing(change, job, node) for node in nodes):
         return ""
     return f"no node can prepare a worker: {told(job)}"
+
+
+def _failing(change: Change, job: Job, node: Node) -> bool:
+    """Whether the node has tried often enough, and in vain, to make a worker for `job`."""
+    failures = job.failures.get(node.name)
+    return failures is not None and failures.count >= change.policy.standby_failures
 
 
 def told(job: Job) -> str:

@@ -20,8 +20,9 @@ class Policy:
     standby_wait_s: float = 5.0
     # How long a job waits for a lost node when no spare is left. Ray itself gives a cluster 60 s.
     node_return_s: float = 60.0
-    # Starting with a spare in a member's place uses the spare up, so late members get this long to show up.
-    spare_start_s: float = 20.0
+    # Starting with a spare in a member's place uses the spare up, so late members get this long to show up: on a
+    # crowded machine (load 18 on two cores) a cold start of torch has taken more than twenty seconds.
+    spare_start_s: float = 60.0
     # Cold starts of torch on a loaded two-core machine take tens of seconds; two minutes is a broken installation.
     pending_s: float = 120.0
     # The gate of every rank is held meanwhile, and gloo's own limit is 30 s: the vote must have come or be given up.

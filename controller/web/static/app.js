@@ -3,6 +3,7 @@
 
 const state = {};
 const GOOD = new Set(["HEALTHY", "COMPLETED", "RUNNING", "verified"]);
+const ENDED = new Set(["COMPLETED", "FAILED", "CANCELLED"]);
 const BAD = new Set(["QUARANTINED", "FAILED", "revoked", "suspect", "SUSPECT"]);
 
 function byId(id) { return document.getElementById(id); }
@@ -61,7 +62,8 @@ function drawJob() {
     ["Ranks", job.world],
     ["Loss", curve.length && curve[curve.length - 1][1] !== null ? curve[curve.length - 1][1].toFixed(4) : null],
     ["Incidents", (state.incidents || []).length],
-  ].concat(job.reason ? [["Why", job.reason]] : []));
+  ]);
+  byId("why").textContent = job.reason || "";
   byId("progress").max = job.steps || 1;
   byId("progress").value = job.committed_steps || 0;
   const marks = (state.incidents || []).map((i) => i.detected_step).filter((s) => s !== null);
@@ -128,4 +130,7 @@ const source = new EventSource("/events");
 source.addEventListener("picture", (event) => take(JSON.parse(event.data), true));
 source.addEventListener("delta", (event) => take(JSON.parse(event.data), false));
 source.addEventListener("open", () => link("✓ live", "good"));
-source.addEventListener("error", () => link("… not connected: the controller is away, training goes on", "wait"));
+source.addEventListener("error", () => link(ENDED.has((state.job || {}).status)
+  ? "… not connected: the controller has ended with the run"
+  : "… not connected: the controller is away, training goes on", "wait"));
+addEventListener("resize", drawJob);

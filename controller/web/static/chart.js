@@ -2,7 +2,7 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
-const BOX = { left: 44, right: 10, top: 10, bottom: 22, width: 800, height: 240 };
+const BOX = { left: 44, right: 10, top: 10, bottom: 22, height: 240 };
 
 function svgNode(name, attributes, text) {
   const made = document.createElementNS(SVG, name);
@@ -21,11 +21,14 @@ function drawCurve(svg, caption, points, steps, marks) {
   }
   const losses = clean.map((p) => p[1]);
   const low = Math.min(...losses), high = Math.max(...losses), span = high - low || 1;
+  // One unit is one pixel, so that labels keep their size on a narrow screen.
+  const width = Math.max(svg.clientWidth, 240);
+  svg.setAttribute("viewBox", "0 0 " + width + " " + BOX.height);
   const last = Math.max(steps || 0, clean[clean.length - 1][0], 2);
-  const x = (step) => BOX.left + ((step - 1) / (last - 1)) * (BOX.width - BOX.left - BOX.right);
+  const x = (step) => BOX.left + ((step - 1) / (last - 1)) * (width - BOX.left - BOX.right);
   const y = (loss) => BOX.top + ((high - loss) / span) * (BOX.height - BOX.top - BOX.bottom);
   for (const value of [high, (high + low) / 2, low]) {
-    svg.append(svgNode("line", { class: "axis", x1: BOX.left, x2: BOX.width - BOX.right, y1: y(value), y2: y(value) }));
+    svg.append(svgNode("line", { class: "axis", x1: BOX.left, x2: width - BOX.right, y1: y(value), y2: y(value) }));
     svg.append(svgNode("text", { x: 4, y: y(value) + 4 }, value.toFixed(2)));
   }
   for (const step of [1, last]) {
