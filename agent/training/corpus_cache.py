@@ -27,6 +27,8 @@ class CacheEntry(NamedTuple):
     blob: Path  # the concatenation
     digest: str  # hex SHA-256 over file list and contents
     source: str  # what the user named, for messages
+    files: tuple[tuple[str, int], ...]  # name and size of each file, in the order of the concatenation
+    stdlib: bool  # the running Python's own sources
 
 
 class _File(NamedTuple):
@@ -57,7 +59,7 @@ def cached(path: Path | None, cache_dir: Path) -> CacheEntry:
     digest = _noted_digest(blob, note)
     if digest is None:
         digest = _build(files, blob, note)
-    return CacheEntry(blob, digest, source)
+    return CacheEntry(blob, digest, source, tuple(_noted_files(note)), path is None)
 
 
 def _stdlib_files() -> list[_File]:
@@ -109,11 +111,15 @@ def _listing_key(files: list[_File]) -> str:
     return state.hexdigest()[:24]
 
 
+def _noted_files(note: Path) -> list[tuple[str, int]]:
+    return [(str(name), int(size)) for name, size in json.loads(note.read_text())["files"]]
+
+
 def _noted_digest(blob: Path, note: Path) -> str | None:
     """The digest on record if the copy still has it, else None."""
     try:
         record = json.loads(note.read_text())
-        files = [(str(name), int(size)) for name, size in record["files"]]
+        files = _noted_files(note)
         with blob.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
     except (OSError, ValueError, KeyError, TypeError):
@@ -145,7 +151,7 @@ def _build(files: list[_File], blob: Path, note: Path) -> str:
             os.unlink(target.name)
             raise
     os.replace(target.name, blob)
-    _write_note(note, {"digest": digest, "files": listed})
+    write_note(note, {"digest": digest, "files": listed})
     return digest
 
 
@@ -158,7 +164,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
         raise CorpusError(f"corpus file {path} cannot be read: {error.strerror}") from error
 
 
-def _write_note(note: Path, record: dict[str, object]) -> None:
+def write_note(note: Path, record: dict[str, object]) -> None:
+    """Write a cache's record so that readers see a whole one or none."""
     with tempfile.NamedTemporaryFile("w", dir=note.parent, prefix=".corpus-", delete=False) as file:
         json.dump(record, file)
     os.replace(file.name, note)

@@ -293,5 +293,5 @@ def test_an_unreadable_file_is_named(folder: Path, tmp_path: Path, monkeypatch: 
 
 def test_too_short_a_corpus_says_so(corpus: Corpus) -> None:
     assert corpus.total(5120) == 1
-    with pytest.raises(CorpusError, match="too short: 5120 bytes, one sample needs 5121"):
+    with pytest.raises(CorpusError, match="too short: 5120 tokens, one sample needs 5121"):
         corpus.total(5121)

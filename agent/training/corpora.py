@@ -1,0 +1,147 @@
+"""Opens a corpus of any kind as one row of token ids and the places where its documents start.
+
+A corpus is the running Python's own sources, a text file, a folder of text files, or a token file. Text is read as
+bytes, each a token, or through a tokenizer.json. Knows nothing of torch, so that a command can look at a corpus fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agent.training import token_file
+from agent.training.corpus_cache import CacheEntry, CorpusError, cached, write_note
+from agent.training.token_file import Ids, Offsets, TokenFile
+
+_CHUNK = 1 << 22  # ids looked at in one go: at most 32 MiB, whatever the file's size
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A corpus that can be trained on, whatever it was made from."""
+
+    ids: Ids  # one dimension, mapped; a whole-number type
+    documents: Offsets  # int64 [documents + 1]: where each starts in `ids`; the last entry is len(ids)
+    digest: str  # hex, of everything above; equal wherever the corpus is the same
+    source: str  # what the user named, for messages
+    low: int  # the smallest and the largest id that occur
+    high: int
+    vocabulary: int | None = None  # ids that its tokenizer knows; None: it has none
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse ids that a model of `size` ids does not have. Raises CorpusError naming the first of them."""
+        if self.low >= 0 and self.high < size:
+            return
+        at, found = _first_outside(self.ids, size)
+        document = int(np.searchsorted(self.documents, at, side="right")) - 1
+        where = f"corpus {self.source} has id {found} at token {at} (document {document})"
+        wanted = self.high + 1 if self.vocabulary is None else self.vocabulary
+        remedy = "no vocabulary has negative ids" if self.low < 0 else f"train with --vocab-size {wanted} or more"
+        raise CorpusError(f"{where}, outside the vocabulary of {size}: {remedy}")
+
+    def samples(self, length: int) -> int:
+        """How many windows of `length` tokens there are. Raises CorpusError if there is none."""
+        if length < 1:
+            raise ValueError(f"length: at least 1, not {length}")
+        if len(self.ids) < length:
+            raise CorpusError(f"corpus {self.source} is too short: {len(self.ids)} tokens, one sample needs {length}")
+        return len(self.ids) - length + 1
+
+
+def open_tokens(path: Path | None, cache_dir: Path, tokenizer: Path | None = None) -> Tokens:
+    """Open a corpus; None is the running Python's standard library.
+
+    Text is copied into `cache_dir` once (see `corpus_cache`), tokenised text as a token file. A token file is mapped
+    where it lies; its digest and range of ids are found by reading it once, and noted in `cache_dir` for as long as
+    names, sizes and times of both its files stay as they are.
+
+    Raises:
+        CorpusError: nothing that can be trained on; one line that names the path.
+        OSError: `cache_dir` cannot be written.
+    """
+    prefix = None if path is None else token_prefix(path)
+    if prefix is None:
+        return _text(path, cache_dir, tokenizer)
+    if tokenizer is not None:
+        raise CorpusError(f"token file {prefix} holds ids already: a tokenizer is for text")
+    return _token_file(prefix, cache_dir)
+
+
+def token_prefix(path: Path) -> Path | None:
+    """PREFIX if `path` names a token file as PREFIX, PREFIX.bin or PREFIX.idx; what exists under its own name wins."""
+    try:
+        if path.suffix == ".idx" or (path.suffix == ".bin" and path.with_suffix(".idx").exists()):
+            return path.with_suffix("")
+        if not path.exists() and any(half.exists() for half in token_file.paths(path)):
+            return path
+    except OSError as error:
+        raise CorpusError(f"corpus {path} cannot be read: {error.strerror}") from error
+    return None
+
+
+def _text(path: Path | None, cache_dir: Path, tokenizer: Path | None) -> Tokens:
+    """Each file is a document."""
+    if tokenizer is not None:
+        # Only here: nobody else should need the tokenizers library, or wait for it.
+        tokenised = importlib.import_module("agent.training.tokenised")
+        tokens: Tokens = tokenised.open_tokenised(path, cache_dir, tokenizer)
+        return tokens
+    entry = cached(path, cache_dir)
+    ids = np.memmap(entry.blob, dtype=np.uint8, mode="r")
+    return Tokens(ids, _file_starts(entry), entry.digest, entry.source, int(ids.min()), int(ids.max()))
+
+
+def _file_starts(entry: CacheEntry) -> Offsets:
+    starts = np.zeros(len(entry.files) + 1, np.int64)
+    np.cumsum([size for _, size in entry.files], out=starts[1:])
+    return starts
+
+
+def _token_file(prefix: Path, cache_dir: Path) -> Tokens:
+    file = token_file.read(prefix)
+    note = cache_dir / f"scan-{_key(file)}.json"
+    try:
+        record = json.loads(note.read_text())
+        digest, low, high = str(record["digest"]), int(record["low"]), int(record["high"])
+    except (OSError, ValueError, KeyError, TypeError):
+        digest, low, high = scan(file)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_note(note, {"digest": digest, "low": low, "high": high})
+    return Tokens(file.ids(), file.documents, digest, str(prefix), low, high)
+
+
+def _key(file: TokenFile) -> str:
+    state = hashlib.sha256()
+    for path in (file.data, file.index):
+        status = path.stat()
+        state.update(os.fsencode(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}\n"))
+    return state.hexdigest()[:24]
+
+
+def scan(file: TokenFile) -> tuple[str, int, int]:
+    """Read a token file once: hex SHA-256 over both its files, its smallest and its largest id."""
+    content, ids = hashlib.sha256(), file.ids()
+    low, high = int(ids[0]), int(ids[0])
+    for start in range(0, len(ids), _CHUNK):
+        part = ids[start : start + _CHUNK]
+        content.update(part.tobytes())
+        low, high = min(low, int(part.min())), max(high, int(part.max()))
+    index = hashlib.sha256(file.index.read_bytes()).digest()
+    return hashlib.sha256(b"assay.tokens/1\0" + index + content.digest()).hexdigest(), low, high
+
+
+def _first_outside(ids: Ids, size: int) -> tuple[int, int]:
+    """Position and value of the first id outside 0 .. size - 1; there is one."""
+    for start in range(0, len(ids), _CHUNK):
+        part = ids[start : start + _CHUNK].astype(np.int64)
+        outside = (part < 0) | (part >= size)
+        if outside.any():
+            at = int(outside.argmax())
+            return start + at, int(part[at])
+    raise AssertionError("the scan found an id outside the vocabulary, and then there was none")
