@@ -29,12 +29,14 @@ class Attention(nn.Module):
         self.kv_b = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), dtype)  # [W^UK; W^UV]
         self.out = Linear(heads * c.v_head_dim, c.hidden_size, dtype)  # W^O
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        """Attend within each sequence.
+    def forward(self, x: Tensor, turns: Tensor, apart: Tensor | None = None) -> Tensor:
+        """Attend within each sequence, or within each document of it.
 
         Args:
             x: [batch * time, hidden_size], sequence after sequence.
-            turns: rotations of the positions, [time, qk_rope_head_dim / 2].
+            turns: rotations of the positions, [time, qk_rope_head_dim / 2]. Only differences of positions matter, so a
+                document that starts anywhere in a sequence needs no others.
+            apart: bool [batch, time, time], pairs of positions that are not of one document; None: all are.
 
         Returns:
             [batch * time, hidden_size].
@@ -42,7 +44,7 @@ class Attention(nn.Module):
         time = turns.shape[0]
         query = self._query(x, turns)
         key, value = self._key_value(x, turns)
-        mixed = attend(query, key, value, self.config.softmax_scale)
+        mixed = attend(query, key, value, self.config.softmax_scale, apart)
         heads_last = mixed.view(-1, self.config.num_attention_heads, time, self.config.v_head_dim).transpose(1, 2)
         y: Tensor = self.out(heads_last.reshape(x.shape[0], -1))
         return y
@@ -65,14 +67,17 @@ class Attention(nn.Module):
         return _by_head(key), _by_head(value)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, apart: Tensor | None = None) -> Tensor:
     """softmax(causal(scale Q K^T)) V (eq. 10) for [batch * heads, time, dim] operands; softmax in fp32.
 
     Two batched products rather than the fused kernel: query and value widths differ, for which torch has no fused
-    backward on CPU, and these give the same bits in every process.
+    backward on CPU, and these give the same bits in every process. Pairs that are ``apart`` (bool [batch, time, time])
+    are masked like the future.
     """
     time = query.shape[1]
     future = torch.full((time, time), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    if apart is not None:
+        future = future.masked_fill(apart, float("-inf")).repeat_interleave(query.shape[0] // apart.shape[0], 0)
     scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.float().softmax(-1).to(value.dtype), value)
 

@@ -10,6 +10,7 @@ from agent.model.config import V3Config
 from agent.model.ffn import FeedForward
 from agent.model.moe import MoE, RouterLoad
 from agent.model.norm import RMSNorm
+from agent.model.packing import Packed
 
 
 class Block(nn.Module):
@@ -29,11 +30,11 @@ class Block(nn.Module):
         else:
             self.moe = MoE(config, dtype)
 
-    def forward(self, x: Tensor, turns: Tensor) -> tuple[Tensor, RouterLoad | None]:
+    def forward(self, x: Tensor, turns: Tensor, packed: Packed | None = None) -> tuple[Tensor, RouterLoad | None]:
         """fp32 [batch * time, hidden_size] -> the same, and the router's load if there is a router."""
-        x = x + self.attention(self.attention_norm(x), turns)
+        x = x + self.attention(self.attention_norm(x), turns, packed.apart if packed else None)
         normed = self.ffn_norm(x)
         if self.dense:
             return x + self.ffn(normed), None
-        y, load = self.moe(normed, x.shape[0] // turns.shape[0])
+        y, load = self.moe(normed, x.shape[0] // turns.shape[0], packed.member if packed else None)
         return x + y, load

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from agent.model.config import V3Config
 from agent.model.dispatch import combine, dispatch, plan
 from agent.model.ffn import FeedForward
-from agent.model.router import Router, sequence_balance_loss
+from agent.model.router import Router, document_balance_loss, sequence_balance_loss
 
 
 class RouterLoad(NamedTuple):
@@ -36,14 +36,20 @@ class MoE(nn.Module):
             FeedForward(config.hidden_size, width, dtype) for _ in range(config.n_routed_experts)
         )
 
-    def forward(self, x: Tensor, sequences: int) -> tuple[Tensor, RouterLoad]:
-        """[tokens, hidden_size] of so many ``sequences`` -> fp32 [tokens, hidden_size] and the router's load."""
+    def forward(self, x: Tensor, sequences: int, member: Tensor | None = None) -> tuple[Tensor, RouterLoad]:
+        """[tokens, hidden_size] of so many ``sequences`` -> fp32 [tokens, hidden_size] and the router's load.
+
+        With ``member`` (see ``Packed``) the sequences are packed, and balance is asked of each document.
+        """
         routing = self.router(x)
         layout = plan(routing.experts, routing.counts, self.dtype)
         y = combine(self._routed(dispatch(x, layout), layout.sizes), routing.gates, layout)
         if self.shared is not None:
             y = y + self.shared(x)
-        balance = sequence_balance_loss(routing.scores, sequences, self.config)
+        if member is None:
+            balance = sequence_balance_loss(routing.scores, sequences, self.config)
+        else:
+            balance = document_balance_loss(routing.scores, member, self.config)
         return y, RouterLoad(balance, routing.counts)
 
     def _routed(self, rows: Tensor, sizes: list[int]) -> Tensor:

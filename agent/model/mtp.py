@@ -10,6 +10,7 @@ from agent.model.config import V3Config
 from agent.model.linear import Linear
 from agent.model.moe import RouterLoad
 from agent.model.norm import RMSNorm
+from agent.model.packing import Packed
 
 
 class MTPModule(nn.Module):
@@ -28,18 +29,21 @@ class MTPModule(nn.Module):
         self.block = Block(config, dense=False, dtype=dtype)  # TRM_k
         self.norm = RMSNorm(size, eps, torch.float32)
 
-    def forward(self, hidden: Tensor, embedded: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, RouterLoad]:
+    def forward(
+        self, hidden: Tensor, embedded: Tensor, turns: Tensor, packed: Packed | None = None
+    ) -> tuple[Tensor, Tensor, RouterLoad]:
         """One step further along the chain.
 
         Args:
             hidden: h^{k-1}_i, fp32 [batch * time, hidden_size].
             embedded: Emb(t_{i+k}), the same shape.
             turns: rotations of the positions.
+            packed: the documents of packed sequences, for this module's distance k.
 
         Returns:
             h^k before and after the norm that precedes the head, both fp32 as ``hidden``, and the router's load.
         """
         joined = torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
-        y, load = self.block(self.projection(joined).float(), turns)
+        y, load = self.block(self.projection(joined).float(), turns, packed)
         assert load is not None, "an MTP module's block always routes"
         return y, self.norm(y), load

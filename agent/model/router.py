@@ -94,3 +94,25 @@ def sequence_balance_loss(scores: Tensor, sequences: int, config: V3Config) -> T
     frequency = hits * (experts / (top * rows.shape[1]))  # f_i
     loss: Tensor = config.balance_alpha * (frequency * share).sum(-1).mean()
     return loss
+
+
+def document_balance_loss(scores: Tensor, member: Tensor, config: V3Config) -> Tensor:
+    """The same for packed sequences, in which every document is a sequence: fp32 scalar.
+
+    Averaged over documents with their positions as weights. With one document in each sequence it is the same number.
+
+    Args:
+        scores: fp32 [batch * time, N], the affinities s.
+        member: fp32 [batch, documents, time], 1 where a position counts as one of a document, else 0.
+        config: for N, K and alpha.
+    """
+    experts, top = config.n_routed_experts, config.num_experts_per_tok
+    rows = scores.view(member.shape[0], -1, experts)
+    sizes = member.sum(-1, keepdim=True)  # positions of each document, [batch, documents, 1]
+    sums = torch.bmm(member, rows / rows.sum(-1, keepdim=True))
+    chosen = rows.detach().topk(top, dim=-1, sorted=False).indices
+    hits = torch.bmm(member, torch.zeros_like(rows).scatter_(2, chosen, 1.0))
+    # f_i P_i of a document is experts / top * hits * sums / size^2, and its weight size / sum of sizes.
+    each = (hits * sums).sum(-1, keepdim=True) / sizes.clamp(min=1.0)
+    loss: Tensor = config.balance_alpha * experts / top * each.sum() / sizes.sum().clamp(min=1.0)
+    return loss

@@ -15,8 +15,11 @@ from agent.model.linear import Linear
 from agent.model.moe import MoE, RouterLoad
 from agent.model.mtp import MTPModule
 from agent.model.norm import RMSNorm
+from agent.model.packing import Packed, Spans
 from agent.model.rope import rotation
 from agent.model.router import Router
+
+_NO_LABEL = -100  # cross_entropy's own mark for a position whose label is not asked for
 
 
 class V3Output(NamedTuple):
@@ -91,11 +94,15 @@ class V3(nn.Module):
         logits = self._logits(self.norm(raw))
         return V3Output(logits.view(*tokens.shape, -1), self._counts(loads))
 
-    def loss(self, tokens: Tensor) -> LossOutput:
+    def loss(self, tokens: Tensor, documents: Tensor | None = None) -> LossOutput:
         """The training loss of int64 ``tokens`` [batch, time + 1 + D], D = mtp_depth.
 
         Position i < time of the main model is given t_i and asked for t_{i+1}; that of module k is given t_{i+k} and
         asked for t_{i+k+1}. The D extra tokens let every module see ``time`` positions.
+
+        With ``documents`` (int64, the shape of ``tokens``; a document is a run of equal numbers) the sequences are
+        packed: nothing of one document reaches another. Attention stays within each, a label beyond its end is not
+        asked for, each is balanced by itself, and the cross entropies are means over the labels that remain.
 
         Raises:
             ValueError: a wrong dtype or shape, or an id outside the vocabulary.
@@ -103,16 +110,17 @@ class V3(nn.Module):
         depth = len(self.mtp)
         self._check(tokens, at_least=2 + depth)
         time = tokens.shape[1] - 1 - depth
-        raw, loads = self._trunk(tokens[:, :time])
+        spans = Spans(documents, tokens, time)
+        raw, loads = self._trunk(tokens[:, :time], spans.packed(0))
         normed = self.norm(raw)
-        main = self._cross_entropy(normed, tokens[:, 1 : time + 1])
+        main = self._cross_entropy(normed, tokens[:, 1 : time + 1], spans.within(1))
         turns = rotation(self.config, time, tokens.device)
         ahead = []
         for k, module in enumerate(self.mtp, start=1):
             hidden = normed if self.config.mtp_after_norm else raw
-            raw, normed, load = module(hidden, self._embed(tokens[:, k : time + k]), turns)
+            raw, normed, load = module(hidden, self._embed(tokens[:, k : time + k]), turns, spans.packed(k))
             loads.append(load)
-            ahead.append(self._cross_entropy(normed, tokens[:, k + 1 : time + k + 1]))
+            ahead.append(self._cross_entropy(normed, tokens[:, k + 1 : time + k + 1], spans.within(k + 1)))
         return self._total(main, ahead, loads)
 
     def _total(self, main: Tensor, ahead: list[Tensor], loads: list[RouterLoad]) -> LossOutput:
@@ -122,13 +130,13 @@ class V3(nn.Module):
         total = main + self.config.mtp_weight * mtp + balance
         return LossOutput(total, main.detach(), mtp.detach(), balance.detach(), self._counts(loads))
 
-    def _trunk(self, tokens: Tensor) -> tuple[Tensor, list[RouterLoad]]:
+    def _trunk(self, tokens: Tensor, packed: Packed | None = None) -> tuple[Tensor, list[RouterLoad]]:
         """The blocks' output before the final norm, fp32 [batch * time, hidden_size], and the routers' loads."""
         turns = rotation(self.config, tokens.shape[1], tokens.device)
         x = self._embed(tokens)
         loads = []
         for block in self.layers:
-            x, load = block(x, turns)
+            x, load = block(x, turns, packed)
             if load is not None:
                 loads.append(load)
         return x, loads
@@ -140,8 +148,13 @@ class V3(nn.Module):
         logits: Tensor = self.head(normed)
         return logits.float()
 
-    def _cross_entropy(self, normed: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(normed), labels.reshape(-1))
+    def _cross_entropy(self, normed: Tensor, labels: Tensor, within: Tensor | None = None) -> Tensor:
+        """Mean over all labels, or over those ``within`` (bool, as ``labels``) their document; 0 if there is none."""
+        if within is None:
+            return F.cross_entropy(self._logits(normed), labels.reshape(-1))
+        kept = labels.masked_fill(~within, _NO_LABEL).reshape(-1)
+        total = F.cross_entropy(self._logits(normed), kept, ignore_index=_NO_LABEL, reduction="sum")
+        return total / within.sum().clamp(min=1)
 
     def _counts(self, loads: list[RouterLoad]) -> Tensor:
         if not loads:

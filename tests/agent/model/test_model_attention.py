@@ -120,7 +120,7 @@ def test_later_tokens_never_change_earlier_logits(monkeypatch: pytest.MonkeyPatc
     model = V3(PRESETS["tiny"].config)
     assert not any(changes_before(model, position) for position in (1, 12, 23))
 
-    def attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float, apart: None) -> Tensor:
         return (query @ key.transpose(1, 2) * scale).softmax(-1) @ value
 
     monkeypatch.setattr(attention_module, "attend", attend_to_all)
