@@ -26,7 +26,8 @@ class TensorEntry:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A whole checkpoint. `digest` (16 hex digits) is of the state as the ranks agreed on it at the gate, `chain` the
-    link of its step. Bits are promised for equal preset, seed, world, precision, threads, corpus and fingerprint.
+    link of its step. Bits are promised for equal preset, vocab_size, seed, world, precision, threads, corpus, pack and
+    fingerprint. Checkpoints from before vocabulary and packing could be chosen have the values that were fixed then.
     """
 
     job: str
@@ -44,6 +45,8 @@ class Manifest:
     fingerprint: str
     created: float
     tensors: tuple[TensorEntry, ...]
+    vocab_size: int = 264
+    pack: str = "stream"
 
     def to_json(self) -> str:
         """The document, readable by people too."""
@@ -57,7 +60,8 @@ class Manifest:
             if document.pop("schema", None) != SCHEMA:
                 raise ManifestError(f"not {SCHEMA}")
             entries = tuple(TensorEntry(**{**e, "shape": tuple(e["shape"])}) for e in document.pop("tensors"))
-            wanted = {field.name for field in fields(cls)} - {"tensors"}
-            return cls(tensors=entries, **{name: document[name] for name in wanted})
+            wanted = {field.name for field in fields(cls)} - {"tensors", "vocab_size", "pack"}
+            chosen = {name: document.pop(name) for name in ("vocab_size", "pack") if name in document}
+            return cls(tensors=entries, **chosen, **{name: document[name] for name in wanted})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"damaged manifest: {error!r}") from error

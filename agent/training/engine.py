@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from agent.model import PRESETS, V3
-from agent.training.data import Batch, BatchCorrupted, Corpus, sample_ids
+from agent.model.presets import Preset
+from agent.training.data import Batch, BatchCorrupted, Corpus, CorpusError, sample_ids
 from agent.training.layout import State, StateLayout
+from agent.training.sampling import window_ids
 from agent.training.spec import JobSpec
 from diagnostics.health import Alarm
 from diagnostics.sensors.digest import chain, digest
@@ -45,17 +47,18 @@ class Engine:
 
     def __init__(self, spec: JobSpec, surround: Surround = undisturbed) -> None:
         torch.set_num_threads(spec.threads)
-        preset = PRESETS[spec.preset]
+        preset = preset_of(spec)
         self.spec = spec
         self.preset = preset
         self.model = V3(preset.config, compute_dtype=_DTYPES[spec.precision])
         self.layout = StateLayout(self.model)
         self.gradients = torch.zeros(self.layout.flat)
-        self.corpus = Corpus.open(Path(spec.corpus) if spec.corpus else None, Path(spec.cache))
+        self.corpus = _corpus(spec, preset.config.vocab_size)
         self.guard = Guard(self.model, tolerance_scale=spec.tolerance_scale, enabled=spec.sensors)
         self.surround = surround
         self._window = preset.sample_len
         self._samples = self.corpus.total(self._window)
+        self._packed = spec.pack == "documents"
 
     def bind(self, state: State) -> None:
         """Compute from `state` from now on."""
@@ -75,7 +78,7 @@ class Engine:
         self.layout.bind_gradients(self.model, gradients)
         key = chain(self.spec.seed, step, rank)
         with self.guard.step(key) as sense, self.surround(step, rank, attempt):
-            result = self.model.loss(batch.tokens)
+            result = self.model.loss(batch.tokens, batch.documents)
             torch.autograd.backward(result.total)
             self.guard.check_finite("loss", result.total)
         loss = float(result.main)
@@ -102,8 +105,16 @@ class Engine:
         self.guard, self.surround = guard, surround
 
     def samples(self, step: int, rank: int) -> list[int]:
-        """Sample ids of `rank` in `step`: a pure function of the seed."""
-        return sample_ids(self.spec.seed, step, rank, 0, self.preset.micro_batch, self._samples)
+        """Sample ids of `rank` in `step`: a pure function of the seed.
+
+        Packed windows lie side by side, seq_len apart, so that each position is trained on once in an epoch.
+        """
+        count = self.preset.micro_batch
+        if not self._packed:
+            return sample_ids(self.spec.seed, step, rank, 0, count, self._samples)
+        windows = (self._samples - 1) // self.preset.seq_len + 1
+        found = window_ids(self.spec.seed, step, rank, count, self.spec.world, windows)
+        return [window * self.preset.seq_len for window in found]
 
     def link(self, previous: int, step: int, state_digest: int) -> int:
         """The chain after `step`: previous link, the state's digest, and every rank's samples."""
@@ -113,9 +124,27 @@ class Engine:
     def _batch(self, step: int, rank: int) -> Batch:
         ids = self.samples(step, rank)
         try:
-            return self.corpus.batch(ids, self._window)
+            return self.corpus.batch(ids, self._window, self._packed)
         except BatchCorrupted:  # a copy went wrong: the corpus itself is intact until a second read fails too
-            return self.corpus.batch(ids, self._window)
+            return self.corpus.batch(ids, self._window, self._packed)
+
+
+def preset_of(spec: JobSpec) -> Preset:
+    """The job's preset, with the vocabulary that its corpus asks for."""
+    preset = PRESETS[spec.preset]
+    if spec.vocab_size is None:
+        return preset
+    return replace(preset, config=replace(preset.config, vocab_size=spec.vocab_size))
+
+
+def _corpus(spec: JobSpec, vocabulary: int) -> Corpus:
+    """The job's corpus. Raises CorpusError if it is another one, or has ids that the model has not."""
+    corpus = Corpus.open(spec.corpus, Path(spec.cache), spec.tokenizer)
+    corpus.content.check_vocabulary(vocabulary)
+    if spec.corpus_digest not in (None, corpus.digest):
+        told = f"the job's has digest {spec.corpus_digest}, this one {corpus.digest}"
+        raise CorpusError(f"corpus {corpus.source} is not the one that the job was given: {told}")
+    return corpus
 
 
 def gradient_digest(gradients: Tensor) -> str:

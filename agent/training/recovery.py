@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from agent.checkpoint.manifest import Manifest
 from agent.checkpoint.storage import ShardRefused, Storage, read
 from agent.slots import SlotRecord
 from agent.training.collective import Group
@@ -107,7 +108,7 @@ class Recovery:
     def _load(self, path: Path) -> bool:
         try:
             manifest, arrays = read(path)
-            self._matches(path, manifest.preset, manifest.seed, manifest.corpus)
+            self._matches(path, manifest)
         except ShardRefused as refused:
             self.daemon.report(
                 "shard_refused",
@@ -135,11 +136,13 @@ class Recovery:
         self.transaction.adopt(0, record)
         return True
 
-    def _matches(self, path: Path, preset: str, seed: int, corpus: str) -> None:
+    def _matches(self, path: Path, manifest: Manifest) -> None:
         """Refuse a checkpoint of another job's data or model."""
-        wanted = (self.engine.spec.preset, self.engine.spec.seed, self.engine.corpus.digest)
-        if (preset, seed, corpus) != wanted:
-            raise ShardRefused(path, 0, "manifest", f"preset, seed, corpus {wanted}", str((preset, seed, corpus)))
+        engine, spec = self.engine, self.engine.spec
+        wanted = (spec.preset, engine.preset.config.vocab_size, spec.seed, engine.corpus.digest, spec.pack)
+        found = (manifest.preset, manifest.vocab_size, manifest.seed, manifest.corpus, manifest.pack)
+        if found != wanted:
+            raise ShardRefused(path, 0, "manifest", f"preset, vocab_size, seed, corpus, pack {wanted}", str(found))
 
     def _from_seed(self) -> str:
         """Step 0: a function of the seed alone."""

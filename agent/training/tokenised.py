@@ -28,7 +28,7 @@ def open_tokenised(path: Path | None, cache_dir: Path, tokenizer: Path) -> Token
         CorpusError: the tokenizer does not parse or cannot be read, the text is unusable, or a file is not UTF-8.
         OSError: `cache_dir` cannot be written.
     """
-    content, loaded = _load(tokenizer)
+    content, loaded = load(tokenizer)
     entry = cached(path, cache_dir)
     key = hashlib.sha256(f"{entry.digest}\0{hashlib.sha256(content).hexdigest()}".encode()).hexdigest()[:24]
     prefix = cache_dir / f"tokens-{key}"
@@ -46,7 +46,8 @@ def vocabulary(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def _load(path: Path) -> tuple[bytes, Tokenizer]:
+def load(path: Path) -> tuple[bytes, Tokenizer]:
+    """A tokenizer.json's bytes, and what they are. Raises CorpusError."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -340,6 +340,8 @@ class Trainer:
                 fingerprint=fingerprint(spec.threads),
                 created=0.0,
                 tensors=(),
+                vocab_size=self.engine.preset.config.vocab_size,
+                pack=spec.pack,
             ),
             self.daemon.report,
         )

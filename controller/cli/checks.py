@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from controller.cli.errors import ConditionError, UsageError
-from controller.cli.presets import LAYERS, STATE_BYTES
+from controller.cli.presets import LAYERS
 from controller.local.plan import OBJECT_STORE_BYTES, port_is_free
 from controller.store.errors import StoreError
 from controller.store.opening import open_store
@@ -37,19 +37,39 @@ def scale(value: float) -> float:
 
 
 def corpus(path: str | None) -> str | None:
-    """A corpus that exists and has bytes, as an absolute path. None is Python's own sources."""
+    """A corpus that exists and has bytes, as an absolute path. None is Python's own sources.
+
+    The prefix of a token file exists if one of its two files does. What lies inside is `controller.cli.corpus`'s.
+    """
     if path is None:
         return None
     found = Path(path)
-    if not found.exists():
-        raise UsageError(f"corpus {path} does not exist")
     try:
+        if not found.exists():
+            if any(Path(f"{path}{half}").exists() for half in (".bin", ".idx")):
+                return str(found.absolute())
+            raise UsageError(f"corpus {path} does not exist")
         if not any(file.stat().st_size for file in _files(found)):
             raise UsageError(f"corpus {path} is empty")
     except OSError as error:
         raise UsageError(f"corpus {error.filename or path} cannot be read: {error.strerror}") from error
     if not os.access(found, os.R_OK):
         raise UsageError(f"corpus {path} cannot be read")
+    return str(found.absolute())
+
+
+def tokenizer(path: str | None) -> str | None:
+    """A tokenizer.json that can be read, as an absolute path."""
+    if path is None:
+        return None
+    found = Path(path)
+    try:
+        if not found.is_file():
+            raise UsageError(f"tokenizer {path} is not a file: give a tokenizer.json")
+    except OSError as error:
+        raise UsageError(f"tokenizer {path} cannot be read: {error.strerror}") from error
+    if not os.access(found, os.R_OK):
+        raise UsageError(f"tokenizer {path} cannot be read")
     return str(found.absolute())
 
 
@@ -84,9 +104,11 @@ def database(url: str) -> None:
         raise ConditionError(str(error)) from error
 
 
-def room(path: Path, name: str, nodes: int, spares: int) -> None:
-    """There is room for the checkpoints on disk, and for slots and object stores in shared memory."""
-    state = STATE_BYTES[name]
+def room(path: Path, state: int, nodes: int, spares: int) -> None:
+    """There is room for the checkpoints on disk, and for slots and object stores in shared memory.
+
+    `state` is one rank's training state, in bytes.
+    """
     _free(path, CHECKPOINTS * state + OTHER_BYTES)
     _free(SHARED_MEMORY, nodes * SLOTS * state + (nodes + spares + 1) * OBJECT_STORE_BYTES)
 

@@ -7,3 +7,14 @@ from types import MappingProxyType
 LAYERS: Mapping[str, int] = MappingProxyType({"tiny": 3, "small": 4})
 #: Bytes of training state of one rank: parameters, master weights and two moments in fp32. Twice of it are in slots.
 STATE_BYTES: Mapping[str, int] = MappingProxyType({"tiny": 2_100_000 * 16, "small": 8_500_000 * 16})
+#: Ids of every preset: bytes and eight marks.
+VOCABULARY = 264
+#: Bytes of that state for one id: a row of the embedding and one of the head, 16 bytes an element.
+ID_BYTES: Mapping[str, int] = MappingProxyType({"tiny": 2 * 128 * 16, "small": 2 * 256 * 16})
+#: Tokens of one sample, MTP's included: no shorter corpus can be trained on.
+SAMPLE_TOKENS: Mapping[str, int] = MappingProxyType({"tiny": 130, "small": 258})
+
+
+def state_bytes(preset: str, vocab_size: int | None) -> int:
+    """Bytes of training state of one rank, with a vocabulary other than the preset's if there is one."""
+    return STATE_BYTES[preset] + ((vocab_size or VOCABULARY) - VOCABULARY) * ID_BYTES[preset]

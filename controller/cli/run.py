@@ -5,19 +5,19 @@ import os
 import secrets
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from controller.cli import checks, drills
+from controller.cli import checks, corpus, drills
 from controller.cli.client import Operator
 from controller.cli.errors import INTERRUPTED, OK, CommandError, ConditionError, UnreachableError, UsageError
 from controller.cli.follow import Display, follow
 from controller.cli.output import output_option, print_json, say
-from controller.cli.presets import LAYERS
+from controller.cli.presets import LAYERS, state_bytes
 from controller.cli.reading import queries, told
 from controller.cli.rundir import RunDirectory, load
 from controller.cli.session import Session, Stopped, stoppable
@@ -37,7 +37,22 @@ MOST_NODES = 250
 CONTROLLER_S = 60.0
 CANCEL_S = 0.5
 #: Options that a resumed run takes from the run directory; given again, they must agree.
-_FROZEN = ("preset", "seed", "precision", "corpus", "sensors", "tolerance_scale", "checkpoint_every")
+_FROZEN = (
+    "preset",
+    "seed",
+    "precision",
+    "corpus",
+    "tokenizer",
+    "vocab_size",
+    "pack",
+    "sensors",
+    "tolerance_scale",
+    "checkpoint_every",
+)
+#: What run.json lacks if the run is older than the choice.
+_BEFORE = {"tokenizer": None, "vocab_size": None, "pack": "stream", "corpus_digest": None}
+#: Ids that a vocabulary may have: rows of `small`'s embedding and head then take 128 GiB of state.
+MOST_IDS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +84,16 @@ class Order:
 @click.option("--db", help="The database's URL. [default: sqlite, in the run's directory]")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the status page. [default: a free one]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-@click.option("--corpus", help="A file or folder to train on. [default: Python's own sources]")
+@click.option("--corpus", help="A text file, a folder of them, or a token file's PREFIX. [default: Python's sources]")
+@click.option("--tokenizer", help="A tokenizer.json for text. [default: each byte is a token]")
+@click.option("--vocab-size", type=click.IntRange(1, MOST_IDS), help="Ids. [default: the preset's or the tokenizer's]")
+@click.option(
+    "--pack",
+    type=click.Choice(["stream", "documents"]),
+    default="stream",
+    show_default=True,
+    help="Samples cut from one long text, or their documents kept apart.",
+)
 @click.option("--sensors", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Sense corruption.")
 @click.option("--tolerance-scale", type=float, default=1.0, show_default=True, help="Scales every tolerance.")
 @click.option("--checkpoint-every", default=CHECKPOINT_EVERY, show_default=True, type=click.IntRange(min=1))
@@ -80,6 +104,7 @@ def command(ctx: click.Context, /, texts: tuple[str, ...], form: str, **options:
     """Train a job on a cluster of its own on this machine."""
     given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     order = resumed_order(options, given, texts) if options["resume"] else new_order(options, texts)
+    order = replace(order, spec=corpus.checked(order.spec, order.directory))
     check_machine(order)
     plan = make_plan(order.directory, order.database, order.nodes, order.spares, order.port or 0, _otlp())
     say(f"status {plan.status_url} dir {order.directory}")
@@ -106,6 +131,7 @@ def new_order(options: dict[str, Any], texts: tuple[str, ...]) -> Order:
     if (directory / "run.json").exists():
         raise UsageError(f"{directory} holds a run already: go on with --resume {directory}, or name another --dir")
     spec = {
+        **_BEFORE,
         "schema": SPEC_SCHEMA,
         "job": job,
         "steps": options["steps"],
@@ -127,7 +153,7 @@ def resumed_order(options: dict[str, Any], given: set[str], texts: tuple[str, ..
         raise ConditionError(f"the run in {directory} is still running")
     if "directory" in given and options["directory"].absolute() != directory:
         raise UsageError(f"--dir {options['directory']} is not --resume {directory}")
-    known = {**run.spec, "nodes": run.nodes, "spares": run.spares, "db": run.database}
+    known = {**_BEFORE, **run.spec, "nodes": run.nodes, "spares": run.spares, "db": run.database}
     wanted = {**options, **_frozen(options)}
     for name in (*_FROZEN, "nodes", "spares", "db"):
         if name in given and wanted[name] != known[name]:
@@ -136,9 +162,10 @@ def resumed_order(options: dict[str, Any], given: set[str], texts: tuple[str, ..
     steps = options["steps"] if "steps" in given else run.spec["steps"]
     if steps < run.spec["steps"]:
         raise UsageError(f"--steps is {run.spec['steps']} in the run in {directory}; it may only grow")
-    spec = {**run.spec, "steps": steps}
+    spec = {**_BEFORE, **run.spec, "steps": steps}
     checks.preset(str(spec["preset"]))
     checks.corpus(spec["corpus"])
+    checks.tokenizer(spec["tokenizer"])
     merged = {**options, "nodes": run.nodes, "spares": run.spares, "preset": spec["preset"]}
     return _order(directory, run.database, spec, merged, texts)
 
@@ -148,7 +175,8 @@ def check_machine(order: Order) -> None:
     checks.ray()
     checks.port(order.port)
     checks.directory(order.directory)
-    checks.room(order.directory, str(order.spec["preset"]), order.nodes, order.spares)
+    state = state_bytes(str(order.spec["preset"]), order.spec["vocab_size"])
+    checks.room(order.directory, state, order.nodes, order.spares)
     checks.database(order.database)
 
 
@@ -245,6 +273,9 @@ def _frozen(options: dict[str, Any]) -> dict[str, Any]:
         "seed": options["seed"],
         "precision": options["precision"],
         "corpus": checks.corpus(options["corpus"]),
+        "tokenizer": checks.tokenizer(options["tokenizer"]),
+        "vocab_size": options["vocab_size"],
+        "pack": options["pack"],
         "sensors": options["sensors"] == "on",
         "tolerance_scale": checks.scale(options["tolerance_scale"]),
         "checkpoint_every": options["checkpoint_every"],

@@ -14,7 +14,7 @@ def print_summary(document: dict[str, Any]) -> None:
             ("job", document["job"]),
             ("result", _result(document)),
             ("steps", f"{document['committed_steps']} of {document['steps']} committed, {again} executed again"),
-            ("loss", f"{_nats(document['loss_first'])} -> {_nats(document['loss_last'])} nats a byte"),
+            ("loss", f"{_nats(document['loss_first'])} -> {_nats(document['loss_last'])} nats a token"),
             ("speed", f"{document['tokens_per_s']:.0f} tokens/s"),
             ("state digest", document["state_digest"]),
             ("chain digest", document["chain_digest"]),

@@ -6,15 +6,20 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rundirs import record
 
 from agent.model.presets import PRESETS
+from agent.training.corpora import open_tokens
+from agent.training.spec import JobSpec
+from agent.training.token_file import DTYPES, Writer
 from controller.cli import checks
 from controller.cli.main import COMMANDS, call
-from controller.cli.presets import LAYERS, STATE_BYTES
+from controller.cli.presets import ID_BYTES, LAYERS, SAMPLE_TOKENS, STATE_BYTES, VOCABULARY, state_bytes
+from controller.cli.rundir import load
 from controller.cli.session import Session
 from controller.local.plan import Plan
 
@@ -33,6 +38,11 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_presets_are_those_of_the_model() -> None:
     assert {name: preset.config.num_hidden_layers for name, preset in PRESETS.items()} == dict(LAYERS)
     assert STATE_BYTES.keys() == LAYERS.keys()
+    assert {name: preset.sample_len for name, preset in PRESETS.items()} == dict(SAMPLE_TOKENS)
+    for name, preset in PRESETS.items():
+        assert preset.config.vocab_size == VOCABULARY
+        assert ID_BYTES[name] == 2 * preset.config.hidden_size * 16
+        assert state_bytes(name, VOCABULARY + 10) - state_bytes(name, None) == 10 * ID_BYTES[name]
 
 
 @pytest.mark.parametrize(
@@ -55,16 +65,113 @@ def test_presets_are_those_of_the_model() -> None:
         (["--corpus", "nowhere"], "nowhere does not exist"),
         (["--corpus", "empty.txt"], "empty.txt is empty"),
         (["--corpus", "empty"], "empty is empty"),
+        (["--corpus", "x" * 300], "cannot be read: File name too long"),
+        (["--tokenizer", "x" * 300], "cannot be read: File name too long"),
+        (["--corpus", "lone.idx"], "lone.bin does not exist"),
+        (["--corpus", "lone"], "lone.bin does not exist"),
+        (["--corpus", "cut"], "cut.idx is cut off: 3 bytes"),
+        (["--corpus", "cut.bin"], "cut.idx is cut off: 3 bytes"),
+        (["--corpus", "short.txt"], "is too short: 3 tokens, one sample needs 130"),
+        (["--corpus", "latin.txt", "--tokenizer", "ten.json"], "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
+        (["--corpus", "ids.bin"], "ids has id 300 at token 400 (document 1), outside the vocabulary of 264"),
+        (["--corpus", "ids", "--vocab-size", "300"], "train with --vocab-size 301 or more"),
+        (["--corpus", "ids", "--tokenizer", "ten.json"], "a tokenizer is for text"),
+        (["--tokenizer", "nowhere"], "tokenizer nowhere is not a file"),
+        (["--tokenizer", "empty"], "tokenizer empty is not a file"),
+        (["--tokenizer", "short.txt"], "is no tokenizer.json"),
+        (["--tokenizer", "ten.json", "--vocab-size", "9"], "knows 10 ids, more than the 9 of --vocab-size"),
+        (["--vocab-size", "100"], "outside the vocabulary of 100"),
+        (["--vocab-size", "0"], "--vocab-size"),
+        (["--pack", "loose"], "--pack"),
         (["--port", "0"], "--port"),
         (["--resume", "nowhere"], "not the directory of a run"),
         (["--colour"], "--colour"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_2(arguments: list[str], told: str, tmp_path: Path, capsys) -> None:
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "empty").mkdir()
+    _corpora(tmp_path)
     assert call(["run", *arguments]) == 2
     _one_line(capsys, told)
+    assert not (tmp_path / "assay-runs").exists()
+
+
+def _corpora(root: Path) -> None:
+    """Corpora of which none can be trained on, and a tokenizer of ten ids."""
+    (root / "empty.txt").touch()
+    (root / "empty").mkdir()
+    (root / "short.txt").write_text("abc")
+    (root / "latin.txt").write_bytes(b"caf\xe9 " * 99)
+    (root / "lone.idx").write_bytes(b"MMI")
+    (root / "cut.idx").write_bytes(b"MMI")
+    (root / "cut.bin").write_bytes(b"\1")
+    with Writer(root / "ids", DTYPES[8]) as writer:
+        writer.add([1] * 399)
+        writer.add([2, 300])
+    (root / "ten.json").write_text(json.dumps(_TEN))
+
+
+#: Every word is one of ten, or the unknown one.
+_TEN = {
+    "version": "1.0",
+    "pre_tokenizer": {"type": "Whitespace"},
+    "model": {"type": "WordLevel", "unk_token": "?", "vocab": {"?": 0, **{f"word{i}": i for i in range(1, 10)}}},
+}
+
+
+def _started(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The specification of the job that would be started."""
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr("controller.cli.run.execute", lambda order, plan: seen.append(order.spec) or {"status": "X"})
+    monkeypatch.setattr("controller.cli.run.print_summary", lambda document: None)
+    with pytest.raises(KeyError, match="reason"):
+        call(["run", *arguments])
+    return seen[0]
+
+
+def test_a_corpus_settles_vocabulary_and_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _corpora(tmp_path)
+    (tmp_path / "text").write_text("word1 word9 " * 99)
+    spec = _started(["--corpus", "text", "--tokenizer", "ten.json", "--pack", "documents", "--dir", "d"], monkeypatch)
+    assert (spec["vocab_size"], spec["pack"]) == (16, "documents")
+    assert (spec["corpus"], spec["tokenizer"]) == (str(tmp_path / "text"), str(tmp_path / "ten.json"))
+    cached = open_tokens(tmp_path / "text", tmp_path / "d" / "cache", tmp_path / "ten.json")
+    assert spec["corpus_digest"] == cached.digest
+    assert JobSpec.from_json(json.dumps(spec)).vocab_size == 16
+    wide = _started(["--corpus", "ids", "--vocab-size", "301", "--dir", "e"], monkeypatch)
+    assert (wide["vocab_size"], wide["corpus"]) == (301, str(tmp_path / "ids"))
+    plain = _started(["--dir", "f"], monkeypatch)
+    assert [plain[name] for name in ("corpus", "tokenizer", "vocab_size", "corpus_digest", "pack")] == [
+        *[None] * 4,
+        "stream",
+    ]
+
+
+def test_a_resumed_runs_corpus_must_be_what_it_was(ended: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "text").write_text("abc" * 99)
+    digest = open_tokens(tmp_path / "text", tmp_path / "elsewhere").digest
+    run = load(ended)
+    spec = {**run.spec, "corpus": str(tmp_path / "text"), "corpus_digest": digest}
+    replace(run, spec=spec).save(ended)
+    with pytest.raises(AssertionError, match="something was started"):
+        call(["run", "--resume", str(ended), "--steps", "50"])
+    capsys.readouterr()
+    (tmp_path / "text").write_text("abd" * 99)
+    assert call(["run", "--resume", str(ended), "--steps", "50"]) == 2
+    _one_line(capsys, "changed since the run was started")
+    assert (ended / "run.json").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_5(tmp_path: Path, capsys) -> None:
+    (tmp_path / "text").write_text("abc" * 99)
+    assert call(["run", "--corpus", "text", "--dir", "/proc/assay"]) == 5
+    _one_line(capsys, "cannot write to /proc/assay/cache")
+
+
+def test_a_check_that_breaks_is_1_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "text").write_text("abc" * 99)
+    monkeypatch.setattr("controller.cli.corpus.PYTHON", (sys.executable, "-c", "raise SystemExit('broken')"))
+    assert call(["run", "--corpus", "text"]) == 1
+    _one_line(capsys, "the corpus could not be looked at: broken")
     assert not (tmp_path / "assay-runs").exists()
 
 
@@ -128,6 +235,8 @@ def test_good_input_does_start(capsys) -> None:
         (["--sensors", "off"], "--sensors is True"),
         (["--steps", "39"], "may only grow"),
         (["--dir", "elsewhere"], "is not --resume"),
+        (["--pack", "documents"], "--pack is stream"),
+        (["--vocab-size", "300"], "--vocab-size is None"),
     ],
 )
 def test_a_resumed_run_must_agree(arguments: list[str], told: str, ended: Path, capsys) -> None:
@@ -237,11 +346,11 @@ def test_help_loads_no_command() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
-def test_no_command_loads_torch_or_ray() -> None:
+def test_no_command_loads_torch_ray_or_the_agent() -> None:
     script = (
         "import importlib, sys\nfrom controller.cli.main import COMMANDS\n"
         "for module, _ in COMMANDS.values(): importlib.import_module(module)\n"
-        "sys.exit(bool({'torch', 'ray'} & sys.modules.keys()))"
+        "sys.exit(bool({'torch', 'ray', 'tokenizers', 'agent'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
@@ -256,9 +365,9 @@ def test_the_installed_command_exits_as_promised(tmp_path: Path) -> None:
 
 
 def _one_line(capsys, told: str) -> None:
-    """Exactly one line on stderr, with `told` in it, and nothing on stdout; the run's first line does not count."""
+    """Exactly one line on stderr, with `told` in it, and nothing on stdout; a sign of life before it does not count."""
     shown = capsys.readouterr()
-    lines = [line for line in shown.err.splitlines() if not line.startswith("status http")]
+    lines = [line for line in shown.err.splitlines() if not line.startswith(("status http", "reading the corpus"))]
     assert len(lines) == 1, shown.err
     assert told in lines[0]
     assert lines[0].startswith("assay: ")
