@@ -76,7 +76,7 @@ def open_tokens(path: Path | None, cache_dir: Path, tokenizer: Path | None = Non
 def token_prefix(path: Path) -> Path | None:
     """PREFIX if `path` names a token file as PREFIX, PREFIX.bin or PREFIX.idx; what exists under its own name wins."""
     try:
-        if path.suffix == ".idx" or (path.suffix == ".bin" and path.with_suffix(".idx").exists()):
+        if path.suffix in (".bin", ".idx") and path.with_suffix(".idx").exists() and not path.is_dir():
             return path.with_suffix("")
         if not path.exists() and any(half.exists() for half in token_file.paths(path)):
             return path

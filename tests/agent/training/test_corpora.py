@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kinds import KINDS, TEXTS, folder, one_file, through_tokenizer, token_file, tokenizer
 from tokenizers import Tokenizer
 
@@ -56,12 +58,16 @@ def test_a_token_file_has_three_names(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
-def test_what_exists_under_its_own_name_wins(tmp_path: Path) -> None:
-    """A folder beside PREFIX.bin, and a .bin that has no .idx, are what they are."""
+def test_what_exists_under_its_own_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder beside PREFIX.bin or with a name like one, the folder one stands in, and a .bin that has no .idx."""
     path = token_file(tmp_path).path
     path.mkdir()
     (path / "a").write_text("text")
     assert bytes(open_tokens(path, tmp_path / "c").ids) == b"text"
+    folder(tmp_path).rename(tmp_path / "texts.idx")
+    assert len(open_tokens(tmp_path / "texts.idx", tmp_path / "c").documents) == len(TEXTS) + 1
+    monkeypatch.chdir(folder(tmp_path))
+    assert len(open_tokens(Path(), tmp_path / "c").documents) == len(TEXTS) + 1
     lone = tmp_path / "lone.bin"
     lone.write_bytes(b"\1\2")
     assert open_tokens(lone, tmp_path / "c").ids.tolist() == [1, 2]
@@ -210,6 +216,17 @@ def test_a_tokenizer_that_cannot_be_used_is_named(tmp_path: Path, content: bytes
     with pytest.raises(CorpusError, match=told) as caught:
         open_tokens(folder(tmp_path), tmp_path / "cache", by)
     assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_tokenizer_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
+    by = tmp_path_factory.mktemp("cut") / "t.json"
+    tokenizer(by)
+    content = by.read_bytes()
+    by.write_bytes(content[: int(share * len(content.rstrip()))])
+    with pytest.raises(CorpusError, match=r"is no tokenizer\.json"):
+        tokenised.load(by)
 
 
 def test_text_that_is_not_utf8_is_named_with_its_byte(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_wrong_index_names_file_and_field_in_one_line(tmp_path: Path, idx: byt
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [BIN[:-1], BIN[:-2], BIN + b"\0\0", b""])
+@pytest.mark.parametrize("data", [*(BIN[:cut] for cut in range(len(BIN))), BIN + b"\0", BIN + b"\0\0"])
 def test_data_of_another_size_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(CorpusError, match=f"has {len(data)} bytes: they do not belong together"):
         read(lay(tmp_path, data=data))
@@ -143,6 +143,14 @@ def test_half_a_token_file_is_refused(tmp_path: Path, missing: str) -> None:
     prefix = lay(tmp_path)
     Path(f"{prefix}{missing}").unlink()
     with pytest.raises(CorpusError, match=rf"wiki\.en\{missing} does not exist"):
+        read(prefix)
+
+
+def test_an_index_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    prefix = lay(tmp_path)
+    Path(f"{prefix}.idx").unlink()
+    Path(f"{prefix}.idx").mkdir()
+    with pytest.raises(CorpusError, match=r"wiki\.en\.idx (cannot be read|is cut off)"):
         read(prefix)
 
 
