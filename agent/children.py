@@ -83,7 +83,8 @@ class GangChild:
         handle = self._handle
         if farewell():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(handle.gone.wait(), FAREWELL_S)
+                async with asyncio.timeout(FAREWELL_S):
+                    await handle.gone.wait()
         handle.signal(signal.SIGKILL)
         await handle.gone.wait()
 

@@ -184,7 +184,8 @@ class Link:
                 self._backoff.reset()
 
     async def _welcome(self, call: Any) -> pb.Welcome:
-        message = await asyncio.wait_for(call.read(), self._timing.welcome)
+        async with asyncio.timeout(self._timing.welcome):
+            message = await call.read()
         if message is _EOF or message.WhichOneof("body") != "welcome":
             raise SessionEnded("the controller did not answer with a welcome")
         welcome: pb.Welcome = message.welcome
@@ -210,7 +211,8 @@ class Link:
     async def _in_time(self, read: Any) -> Any:
         """What the controller says about a leftover, unless it says nothing for too long."""
         try:
-            return await asyncio.wait_for(read, self._timing.leftover)
+            async with asyncio.timeout(self._timing.leftover):
+                return await read
         except TimeoutError as error:
             raise SessionEnded("the controller acknowledges nothing", refused=True) from error
 

@@ -49,7 +49,17 @@ class Worker:
         return {"pid": os.getpid(), "rendezvous": endpoint, "fingerprint": fingerprint(parsed.threads)}
 
     def run(self, assignment: dict[str, Any]) -> dict[str, str]:
-        """Take the seat and train to the end; returns the cause and detail of WorkerExited."""
+        """Take the seat and train to the end; returns the cause and detail of WorkerExited.
+
+        The daemon hears of the end from this worker first: what the gang says of it comes on another socket, and may
+        come after the news that this process is gone.
+        """
+        ended = self._run(assignment)
+        self._client.report("worker_exited", ended, urgent=True)
+        self._client.flush(2.0)
+        return ended
+
+    def _run(self, assignment: dict[str, Any]) -> dict[str, str]:
         engine = self._ready(assignment["spec"])
         seat = Seat(
             assignment["job"],
@@ -70,7 +80,6 @@ class Worker:
             return {"cause": "error", "detail": f"{type(error).__name__}: {error}"[:500]}
         finally:
             slots.enter(seat.generation, 0, "idle")
-            self._client.flush(2.0)
         return {"cause": "completed", "detail": ""}
 
     def replay(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -204,7 +204,8 @@ class ActiveController:
             if due is None or due > self._recorder.now():
                 with contextlib.suppress(TimeoutError):
                     wait = None if due is None else max(TICK_FLOOR_S, due - self._recorder.now())
-                    await asyncio.wait_for(self._due.wait(), wait)
+                    async with asyncio.timeout(wait):
+                        await self._due.wait()
                 continue
             for result in self.executor.expire(self._recorder.now()):
                 self._decided(result)

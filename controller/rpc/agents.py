@@ -156,7 +156,8 @@ class AgentService:
 
     async def _hello(self, requests: AsyncIterator[bytes]) -> HelloMessage:
         try:
-            data = await asyncio.wait_for(anext(requests), HELLO_S)
+            async with asyncio.timeout(HELLO_S):
+                data = await anext(requests)
         except StopAsyncIteration as error:
             raise MalformedError("the stream ended without a hello") from error
         hello = convert.parse_agent_message(data)

@@ -51,9 +51,11 @@ def pretend_to_train(sock: Path, standby: str) -> None:
                 client.flush(5.0)
                 os._exit(1)
             case "complete" | "collective" as cause:
+                ended = {"cause": {"complete": "completed"}.get(cause, cause), "detail": "as told"}
                 client.report("checkpoint_captured", {"job": job, "step": 1})
+                client.report("worker_exited", ended, urgent=True)
                 client.flush(5.0)
-                say({"cause": {"complete": "completed"}.get(cause, cause), "detail": "as told"})
+                say(ended)
 
 
 def say(document: dict[str, Any]) -> None:

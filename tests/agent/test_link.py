@@ -301,3 +301,23 @@ def test_a_damaged_history_begins_anew(tmp_path: Path) -> None:
     history = History(tmp_path)
     assert history.completed() == []
     assert history.accept(1)
+
+
+async def test_a_link_that_is_ended_in_the_moment_of_the_welcome_ends(tmp_path: Path) -> None:
+    """A cancellation must not get lost because what was waited for has come: the daemon would wait for ever."""
+    agent = Agent(tmp_path)
+    arrives: asyncio.Future[pb.ControllerMessage] = asyncio.get_running_loop().create_future()
+    reading = asyncio.Event()
+
+    class Call:
+        async def read(self) -> pb.ControllerMessage:
+            reading.set()
+            return await arrives
+
+    async with agent.linked(FakeController()) as link:  # nobody listens there
+        task = asyncio.create_task(link._welcome(Call()))
+        await reading.wait()
+        arrives.set_result(pb.ControllerMessage(welcome=pb.Welcome(controller_epoch=1)))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
