@@ -1,5 +1,6 @@
 """The DeepSeek-V3 model (arXiv 2412.19437), one file per idea of the paper."""
 
+from agent.model import huggingface
 from agent.model.config import ConfigError, V3Config, Yarn
 from agent.model.presets import PRESETS, Preset
 from agent.model.router import Router, updated_bias
@@ -15,5 +16,6 @@ __all__ = [
     "V3Config",
     "V3Output",
     "Yarn",
+    "huggingface",
     "updated_bias",
 ]

@@ -17,17 +17,17 @@ class Attention(nn.Module):
     def __init__(self, config: V3Config, dtype: torch.dtype) -> None:
         super().__init__()
         c = self.config = config
-        heads = c.num_attention_heads
+        heads, bias = c.num_attention_heads, c.attention_bias
         if c.q_lora_rank is None:
             self.q = Linear(c.hidden_size, heads * c.qk_head_dim, dtype)
         else:
-            self.q_a = Linear(c.hidden_size, c.q_lora_rank, dtype)  # W^DQ
-            self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps, dtype)
+            self.q_a = Linear(c.hidden_size, c.q_lora_rank, dtype, bias=bias)  # W^DQ
+            self.q_norm = RMSNorm(c.q_lora_rank, c.latent_norm_eps, dtype)
             self.q_b = Linear(c.q_lora_rank, heads * c.qk_head_dim, dtype)  # [W^UQ; W^QR]
-        self.kv_a = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, dtype)  # [W^DKV; W^KR]
-        self.kv_norm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps, dtype)
+        self.kv_a = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, dtype, bias=bias)  # [W^DKV; W^KR]
+        self.kv_norm = RMSNorm(c.kv_lora_rank, c.latent_norm_eps, dtype)
         self.kv_b = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), dtype)  # [W^UK; W^UV]
-        self.out = Linear(heads * c.v_head_dim, c.hidden_size, dtype)  # W^O
+        self.out = Linear(heads * c.v_head_dim, c.hidden_size, dtype, bias=bias)  # W^O
 
     def forward(self, x: Tensor, turns: Tensor, apart: Tensor | None = None) -> Tensor:
         """Attend within each sequence, or within each document of it.

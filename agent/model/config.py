@@ -12,34 +12,58 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be; ``field`` is the name of the field at fault."""
+    """A configuration that cannot be; ``field`` is the name of the field at fault, ``reason`` what is wrong with it."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
         self.field = field
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """Context extension by YaRN (arXiv 2309.00071; V3 section 4.3): factor 40, beta 32 and 1 at 671B."""
+    """Context extension by YaRN (arXiv 2309.00071; V3 section 4.3): factor 40, beta 32 and 1 at 671B.
+
+    YaRN sharpens attention by m(a) = 0.1 a ln(factor) + 1. The published code does it in two places: the softmax scale
+    takes m(mscale_all_dim) squared, and the rotated part of queries and of keys is longer by m(mscale) /
+    m(mscale_all_dim), or by m(1) when either is 0. At 671B both are 1: the rotated parts keep their length.
+    """
 
     factor: float = 40.0
     original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0  # multiplies 0.1 ln(factor) in the attention temperature
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0  # 0: the softmax scale stays as it is
+    attention_factor: float | None = None  # length of the rotated parts, if not by the rule above
+    truncate: bool = True  # the ramp between kept and stretched pairs begins and ends at whole pairs
 
     def __post_init__(self) -> None:
         _require("yarn.factor", math.isfinite(self.factor) and self.factor >= 1, f"must be >= 1, not {self.factor}")
         _whole("yarn.original_max_position_embeddings", self.original_max_position_embeddings)
         ordered = self.beta_fast > self.beta_slow > 0
         _require("yarn.beta_fast", ordered, f"must be above beta_slow > 0, not {self.beta_fast} and {self.beta_slow}")
-        _require("yarn.mscale", math.isfinite(self.mscale) and self.mscale >= 0, f"must be >= 0, not {self.mscale}")
+        for name in ("mscale", "mscale_all_dim"):
+            _number(f"yarn.{name}", getattr(self, name), positive=False)
+        if self.attention_factor is not None:
+            _number("yarn.attention_factor", self.attention_factor, positive=True)
 
     @property
     def temperature(self) -> float:
-        """Factor on queries and on keys alike: 0.1 mscale ln(factor) + 1 (YaRN, section 3.4)."""
-        return 0.1 * self.mscale * math.log(self.factor) + 1.0
+        """Factor on all of queries and keys alike: 0.1 mscale_all_dim ln(factor) + 1 (YaRN, section 3.4)."""
+        return self._sharpening(self.mscale_all_dim)
+
+    @property
+    def magnitude(self) -> float:
+        """Length that the rotated part of queries and of keys is given; 1 at 671B."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
+        return self._sharpening(1.0)
+
+    def _sharpening(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +99,8 @@ class V3Config:
     mtp_weight: float = 0.3  # lambda (eq. 25; 0.3, later 0.1: section 4.2)
     mtp_after_norm: bool = True  # h^0 is taken after the final norm; public codes differ
     rms_norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6  # of the norms on both latents; public codes fix it whatever rms_norm_eps is
+    attention_bias: bool = False  # on the products that leave the residual stream for a latent, and on the output
     rope_theta: float = 10000.0
     yarn: Yarn | None = None
     initializer_range: float = 0.006  # standard deviation of the initial weights (section 4.2)
@@ -97,6 +123,9 @@ class V3Config:
         dense, layers = self.first_k_dense_replace, self.num_hidden_layers
         _require("first_k_dense_replace", dense <= layers, f"{dense} dense layers of {layers} in all")
         _require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, f"must be even, not {self.qk_rope_head_dim}")
+        _require(
+            "rope_theta", self.yarn is None or self.rope_theta > 1, f"must be above 1 with YaRN: {self.rope_theta}"
+        )
 
     def _check_groups(self) -> None:
         experts, groups, kept, top = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
@@ -141,7 +170,7 @@ _AT_LEAST_ONE = (
     "topk_group",
 )
 _AT_LEAST_ZERO = ("first_k_dense_replace", "n_shared_experts", "mtp_depth")
-_POSITIVE = ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range")
+_POSITIVE = ("rms_norm_eps", "latent_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range")
 _NOT_NEGATIVE = ("balance_alpha", "bias_update_speed", "mtp_weight")
 
 

@@ -11,13 +11,15 @@ from agent.model.config import V3Config, Yarn
 
 
 def rotation(config: V3Config, length: int, device: torch.device | None = None) -> Tensor:
-    """Unit rotations e^{i t theta_j} of positions 0..length-1: complex64 [length, qk_rope_head_dim / 2].
+    """Rotations e^{i t theta_j} of positions 0..length-1: complex64 [length, qk_rope_head_dim / 2].
 
-    Computed anew for each forward (it is tiny), in fp64 so that far positions keep their phase.
+    Their length is 1, or YaRN's magnitude. Computed anew for each forward (it is tiny), in fp64 so that far positions
+    keep their phase.
     """
     positions = torch.arange(length, dtype=torch.float64, device=device)
     angles = torch.outer(positions, frequencies(config, device))
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    magnitude = config.yarn.magnitude if config.yarn else 1.0
+    return torch.polar(torch.full_like(angles, magnitude), angles).to(torch.complex64)
 
 
 def frequencies(config: V3Config, device: torch.device | None = None) -> Tensor:
@@ -37,9 +39,13 @@ def _kept_share(yarn: Yarn, size: int, base: float, device: torch.device | None)
     def pair_of(turns: float) -> float:
         return size * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_of(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_of(yarn.beta_slow)), size - 1)
-    width = max(high - low, 1e-3)  # the reference code's guard against a ramp of no width
+    first, last = pair_of(yarn.beta_fast), pair_of(yarn.beta_slow)
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, size - 1)
+    # The public codes' guard against a ramp of no width. Where an original context shorter than one turn, or longer
+    # than beta_fast turns of the slowest pair, turns the ramp round, we follow them too.
+    width = high - low or 1e-3
     pairs = torch.arange(size // 2, dtype=torch.float64, device=device)
     return 1 - ((pairs - low) / width).clamp(0, 1)
 

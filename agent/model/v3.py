@@ -64,14 +64,14 @@ class V3(nn.Module):
         self.initialise(0)
 
     def initialise(self, seed: int) -> None:
-        """Set matrices to N(0, initializer_range), norms to 1, router biases to 0.
+        """Set matrices to N(0, initializer_range), norms to 1, biases to 0.
 
         Each parameter has a generator of its own, keyed by (seed, name): the result depends neither on the order of the
         parameters nor on the global generator.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.data.fill_(1.0)
+                parameter.data.fill_(0.0 if name.endswith(".bias") else 1.0)
             elif not parameter.is_meta:
                 generator = torch.Generator(parameter.device).manual_seed(_key(seed, name))
                 parameter.data.normal_(0.0, self.config.initializer_range, generator=generator)
