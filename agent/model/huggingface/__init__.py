@@ -6,7 +6,7 @@ transformers is never imported here; the tests compare with it.
 from agent.model.huggingface.blocks import dequantised
 from agent.model.huggingface.configuration import config, document
 from agent.model.huggingface.exchange import Description, WeightsError, check, export, load, refuse_other_copies, value
-from agent.model.huggingface.keys import BIAS, COPIES, keys
+from agent.model.huggingface.keys import BIAS, COPIES, keys, modules_in
 from agent.model.huggingface.published import DEEPSEEK_V3
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "export",
     "keys",
     "load",
+    "modules_in",
     "refuse_other_copies",
     "value",
 ]

@@ -139,8 +139,10 @@ def _refuse_what_is_not_supported(d: Mapping[str, Any]) -> None:
     quantised = d.get("quantization_config")
     if quantised is None:
         return
+    if not isinstance(quantised, Mapping):
+        raise ConfigError("quantization_config", f"must be a table of settings, not {quantised!r}")
     method, size = quantised.get("quant_method"), quantised.get("weight_block_size")
-    if method != "fp8" or list(size or ()) != [BLOCK, BLOCK]:
+    if method != "fp8" or size != [BLOCK, BLOCK]:
         supported = f"only fp8 in blocks of {BLOCK} x {BLOCK} is supported"
         raise ConfigError("quantization_config", f"{supported}, not {method!r} in {size!r}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from agent.model.config import V3Config
 
@@ -35,6 +35,14 @@ def keys(config: V3Config) -> dict[str, str]:
     Our embedding and head occur once more per MTP module: two published keys then name one of ours.
     """
     return dict(_pairs(config))
+
+
+def modules_in(found: Container[str], config: V3Config) -> int:
+    """How many MTP modules weights with these keys hold: layers behind the last whose projection is there."""
+    depth = 0
+    while f"model.layers.{config.num_hidden_layers + depth}.eh_proj.weight" in found:
+        depth += 1
+    return depth
 
 
 def _pairs(config: V3Config) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Hugging Face's DeepSeek-V3 as the reference: random small configurations, and its stacked experts taken apart."""
 
+import copy
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.utils import logging
+
+logging.set_verbosity_error()  # it comments on lengths that small configurations cannot have right
 
 YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1}
 
@@ -84,7 +88,8 @@ def drawn(seed: int) -> dict[str, Any]:
 
 def reference(d: Mapping[str, Any], seed: int = 0) -> DeepseekV3ForCausalLM:
     """Hugging Face's model in fp32 with every weight, norm and bias drawn anew."""
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**{k: v for k, v in d.items() if k != "model_type"})).eval()
+    own = copy.deepcopy({k: v for k, v in d.items() if k != "model_type"})  # it writes into its rotary settings
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**own)).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("inv_freq"):
