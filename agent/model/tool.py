@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "--mtp", type=_whole, default=None, help="MTP modules there must be (default: as many as there are)"
     )
     one.set_defaults(make=_import, show=_facts)
-    two = commands.add_parser("export", help="write the published layout from a model file or a run's checkpoint")
-    two.add_argument("subject", metavar="MODEL_OR_CHECKPOINT", type=Path)
+    two = commands.add_parser("export", help="write the published layout from a model on disk")
+    two.add_argument("subject", metavar="MODEL", type=Path, help="model file, checkpoint or HF folder")
     two.add_argument("out", metavar="HF_FOLDER", type=Path)
     two.add_argument("--shard-size", type=_size, default=_size("5GB"), help="such as 500MB or 5GiB (default: 5GB)")
     two.add_argument("--dtype", choices=list(_DTYPES), default="fp32", help="of the weights (default: fp32)")

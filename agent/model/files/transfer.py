@@ -1,4 +1,4 @@
-"""Hugging Face folders to our model files and back; a checkpoint of a run can be the source as well."""
+"""Models between Hugging Face folders, our model files and a run's checkpoints; any of them can be the source."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from agent.model.files.own import open_own, save, shapes
 from agent.model.files.reading import INDEX, FileError, open_folder, read_json
 from agent.model.files.writing import Entry, aside, write, write_json
 from agent.model.presets import PRESETS
+from agent.model.v3 import V3
 
 CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model to export: its configuration, and an fp32 tensor by our name."""
+    """A model on disk: its configuration, and an fp32 tensor by our name."""
 
     config: V3Config
     read: Callable[[str], Tensor]
@@ -47,19 +48,9 @@ def import_folder(folder: Path, out: Path, mtp: int | None = None) -> Written:
         FileError, WeightsError, ConfigError: the folder is not a whole model that we can compute.
         OSError: the file cannot be written.
     """
-    if not folder.is_dir():
-        raise FileError(f"{folder}: is not a folder")
-    config = huggingface.config(read_json(folder / CONFIG))
-    files = open_folder(folder)
-    found = files.described
-    config = replace(config, mtp_depth=huggingface.modules_in(found, config) if mtp is None else mtp)
-    huggingface.check(config, found, shapes(config))
-    huggingface.refuse_other_copies(config, files.read, found)
-    published: dict[str, str] = {}
-    for key, name in huggingface.keys(config).items():
-        published.setdefault(name, key)  # of a shared tensor the original comes first, the copies after it
-    total = save(out, config, lambda name: huggingface.value(published[name], files.read, found))
-    return Written(out, 1, len(published), total)
+    source = _published(folder, mtp)
+    total = save(out, source.config, source.read)
+    return Written(out, 1, len(shapes(source.config)), total)
 
 
 def export_folder(source: Path, out: Path, shard_size: int, dtype: torch.dtype) -> Written:
@@ -100,21 +91,52 @@ def divided(entries: list[Entry], shard_size: int) -> Iterator[list[Entry]]:
     yield shard
 
 
-def open_source(path: Path) -> Source:
-    """A model file, or a checkpoint's folder whose every digest holds.
+def read_model(path: Path, compute_dtype: torch.dtype = torch.float32) -> V3:
+    """A model from a model file of ours, a run's checkpoint or a Hugging Face folder.
 
     Raises:
-        FileError, ShardRefused: it is neither, or damaged.
+        FileError, ShardRefused, WeightsError, ConfigError: it is none of these, or not whole.
     """
-    if path.is_dir():
+    source = open_source(path)
+    model = V3(source.config, compute_dtype)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():  # these share the model's memory
+            tensor.copy_(source.read(name))
+    return model
+
+
+def open_source(path: Path) -> Source:
+    """What there is to read at a path; of a checkpoint every digest has been verified.
+
+    Raises:
+        As :func:`read_model`.
+    """
+    if (path / manifest.NAME).is_file():
         return _checkpoint(path)
+    if path.is_dir() and (path / CONFIG).is_file():
+        return _published(path, None)
+    if path.is_dir():
+        raise FileError(f"{path}: holds neither {manifest.NAME}, as a checkpoint does, nor {CONFIG}")
     config, files = open_own(path)
     return Source(config, files.read)
 
 
+def _published(folder: Path, mtp: int | None) -> Source:
+    if not folder.is_dir():
+        raise FileError(f"{folder}: is not a folder")
+    config = huggingface.config(read_json(folder / CONFIG))
+    files = open_folder(folder)
+    found = files.described
+    config = replace(config, mtp_depth=huggingface.modules_in(found, config) if mtp is None else mtp)
+    huggingface.check(config, found, shapes(config))
+    huggingface.refuse_other_copies(config, files.read, found)
+    published: dict[str, str] = {}
+    for key, name in huggingface.keys(config).items():
+        published.setdefault(name, key)  # of a shared tensor the original comes first, the copies after it
+    return Source(config, lambda name: huggingface.value(published[name], files.read, found))
+
+
 def _checkpoint(folder: Path) -> Source:
-    if not (folder / manifest.NAME).is_file():
-        raise FileError(f"{folder}: is no checkpoint, which has a {manifest.NAME}; `assay checkpoint list` names them")
     described, arrays = storage.read(folder)
     if described.preset not in PRESETS:
         raise FileError(f"{folder}: was trained as {described.preset!r}, a preset that is not known here")

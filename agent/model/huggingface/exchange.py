@@ -92,7 +92,7 @@ def check(config: V3Config, found: Mapping[str, Description], shapes: Mapping[st
     scales = {key + SUFFIX for key in wanted if key in found and found[key].dtype == _FP8}
     allowed = wanted.keys() | scales
     missing = [key for key in [*wanted, *sorted(scales)] if key not in found]
-    extra = [key for key in found if key not in allowed]
+    extra = [key for key in found if key not in allowed and not _void(key, found[key])]
     wrong = [fault for key, name in wanted.items() if (fault := _fault(key, found, shapes[name]))]
     if any(key.startswith(f"model.layers.{config.num_hidden_layers + config.mtp_depth}.") for key in extra):
         wrong.append(f"the weights hold more layers or MTP modules than a model made with mtp={config.mtp_depth}")
@@ -127,13 +127,20 @@ def _own(model: V3) -> dict[str, Tensor]:
 
 
 def _refuse_other_values(state_dict: Mapping[str, object]) -> None:
-    wrong = [f"{key}: a tensor expected, not {type(v).__name__}" for key, v in state_dict.items() if not _tensor(v)]
+    wrong = [key for key, value in state_dict.items() if not _tensor(value)]
     if wrong:
-        raise WeightsError(wrong=wrong)
+        raise WeightsError(
+            wrong=[f"{key}: a tensor that has memory expected, not {state_dict[key]!r:.40}" for key in wrong]
+        )
 
 
 def _tensor(candidate: object) -> bool:
-    return isinstance(candidate, Tensor)
+    return isinstance(candidate, Tensor) and not candidate.is_meta
+
+
+def _void(key: str, given: Description) -> bool:
+    """Hugging Face has shared experts of no width where there are none."""
+    return ".mlp.shared_experts." in key and 0 in given.shape
 
 
 def _fault(key: str, found: Mapping[str, Description], shape: tuple[int, ...]) -> str | None:

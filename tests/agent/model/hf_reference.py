@@ -97,7 +97,7 @@ def reference(d: Mapping[str, Any], seed: int = 0) -> DeepseekV3ForCausalLM:
         if name.endswith(("norm.weight", "layernorm.weight")):
             tensor.data.normal_(1.0, 0.2, generator=generator)
         else:
-            spread = 0.2 if tensor.dim() == 1 else tensor.shape[-1] ** -0.5
+            spread = 0.2 if tensor.dim() == 1 else max(1, tensor.shape[-1]) ** -0.5
             tensor.data.normal_(0.0, spread, generator=generator)
     return model
 

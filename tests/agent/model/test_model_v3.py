@@ -200,8 +200,9 @@ def product_nodes(root: Tensor) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_product_with_a_weight_is_one_plain_mm_in_a_named_module(dtype: torch.dtype) -> None:
-    model, calls = V3(CONFIG, dtype), []
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_product_with_a_weight_is_one_plain_mm_in_a_named_module(dtype: torch.dtype, bias: bool) -> None:
+    model, calls = V3(replace(CONFIG, attention_bias=bias), dtype), []
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             module.register_forward_hook(lambda _m, args, _out, name=name: calls.append((name, args[0].dim())))

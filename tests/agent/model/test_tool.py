@@ -96,7 +96,7 @@ def test_a_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "671b", "--mtp", "-1"], "--mtp"),
         (["import", "nowhere", "out"], "nowhere: is not a folder"),
         (["export", "nowhere", "out"], "nowhere: does not exist"),
-        (["export", ".", "out"], "is no checkpoint"),
+        (["export", ".", "out"], "holds neither manifest.json"),
         (["export", "x", "out", "--shard-size", "0"], "--shard-size"),
         (["export", "x", "out", "--shard-size", "5XB"], "--shard-size"),
         (["export", "x", "out", "--dtype", "fp8"], "--dtype"),

@@ -20,8 +20,9 @@ from agent.checkpoint.manifest import Manifest
 from agent.checkpoint.storage import Storage
 from agent.model import PRESETS, V3, huggingface, tool
 from agent.model.files import writing
-from agent.model.files.own import open_own, save
+from agent.model.files.own import save
 from agent.model.files.reading import INDEX, open_folder
+from agent.model.files.transfer import read_model
 from agent.slots import SlotRecord
 from agent.training.layout import StateLayout
 from diagnostics.sensors.digest import digest
@@ -53,13 +54,6 @@ def exported(tmp_path: Path, model: V3, *options: str) -> Path:
     return out
 
 
-def loaded(path: Path) -> V3:
-    config, files = open_own(path)
-    model = V3(config)
-    model.load_state_dict({name: files.read(name) for name in files.described})
-    return model
-
-
 def test_hugging_face_reads_what_we_write(tmp_path: Path) -> None:
     model = made(mtp=1)
     folder = exported(tmp_path, model)
@@ -77,7 +71,7 @@ def test_we_read_what_hugging_face_writes(tmp_path: Path, shards: str) -> None:
     theirs.save_pretrained(tmp_path / "hf", max_shard_size=shards)
     assert (tmp_path / "hf" / INDEX).exists() == (shards == "40KB")
     assert call("import", tmp_path / "hf", tmp_path / "out") == 0
-    model = loaded(tmp_path / "out")
+    model = read_model(tmp_path / "out")
     wanted = published(theirs.state_dict())
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in huggingface.export(model).items())
     assert model.config == huggingface.config(D)
@@ -95,9 +89,11 @@ def test_there_and_back_is_bit_equal(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(4 * t.numel() for t in huggingface.export(model).values())
     assert all(path.stat().st_size < 64_000 + 4_000 for path in folder.glob("*.safetensors"))
     assert call("import", folder, tmp_path / "back") == 0
-    other = loaded(tmp_path / "back")
+    other = read_model(tmp_path / "back")
     assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
     assert other.config == model.config
+    direct = read_model(folder).state_dict()
+    assert all(torch.equal(t, direct[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("there", [0, 1, 2])
@@ -106,7 +102,7 @@ def test_a_stated_number_of_mtp_modules_must_be_there(there: int, tmp_path: Path
     for asked in range(3):
         assert call("import", folder, tmp_path / f"{asked}", "--mtp", str(asked)) == (0 if asked == there else 2)
     assert call("import", folder, tmp_path / "out") == 0
-    assert loaded(tmp_path / "out").config.mtp_depth == there
+    assert read_model(tmp_path / "out").config.mtp_depth == there
 
 
 def test_bf16_keeps_router_biases_wide(tmp_path: Path) -> None:
@@ -132,7 +128,7 @@ def test_quantised_blocks_are_made_whole(tmp_path: Path) -> None:
     quantisation = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps({**D, "quantization_config": quantisation}))
     assert call("import", folder, tmp_path / "out") == 0
-    assert bool((loaded(tmp_path / "out").layers[0].attention.kv_b.weight == 1.5).all())
+    assert bool((read_model(tmp_path / "out").layers[0].attention.kv_b.weight == 1.5).all())
 
 
 def checkpoint(root: Path, model: V3) -> Path:
@@ -156,7 +152,7 @@ def test_a_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, model)
     assert call("export", folder, tmp_path / "hf") == 0
     assert call("import", tmp_path / "hf", tmp_path / "back", "--mtp", "1") == 0
-    other = loaded(tmp_path / "back").state_dict()
+    other = read_model(tmp_path / "back").state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
 
 

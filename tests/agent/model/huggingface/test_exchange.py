@@ -129,6 +129,7 @@ def test_any_wrong_key_shape_or_type_is_named_and_nothing_changes(data: st.DataO
         "double": good.double(),
         "whole": good.long(),
         "list": good.tolist(),
+        "meta": good.to("meta"),
     }
     kind = data.draw(st.sampled_from(sorted(bad)))
     if kind != "missing":

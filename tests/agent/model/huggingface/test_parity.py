@@ -92,6 +92,7 @@ def holds(d: dict[str, Any], seed: int = 0) -> Differences:
         {"n_group": 4, "topk_group": 4},
         {"num_experts_per_tok": 1},
         {"n_shared_experts": 2},
+        {"n_shared_experts": 0},
         {"rms_norm_eps": 1e-2},
         {"rope_theta": 100.0},
     ],
