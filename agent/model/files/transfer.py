@@ -140,7 +140,7 @@ def _checkpoint(folder: Path) -> Source:
     described, arrays = storage.read(folder)
     if described.preset not in PRESETS:
         raise FileError(f"{folder}: was trained as {described.preset!r}, a preset that is not known here")
-    config = PRESETS[described.preset].config
+    config = replace(PRESETS[described.preset].config, vocab_size=described.vocab_size)
     held = {name.partition(".")[2]: array for name, array in arrays.items() if name.startswith(_WEIGHTS)}
     for name, shape in shapes(config).items():
         if name not in held or held[name].shape != shape:

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ def checkpoint(root: Path, model: V3) -> Path:
     state = layout.view(memoryview(bytearray(layout.nbytes)))
     layout.capture(model, state)
     state.exp_avg.fill_(0.5)
-    described = Manifest("job", 1, 6, 0, "", "", "tiny", 7, 1, "fp32", 1, "corpus", "here", 0.0, ())
+    origin = ("job", 1, 6, 0, "", "", "tiny", 7, 1, "fp32", 1, "corpus", "here", 0.0, ())
+    described = Manifest(*origin, vocab_size=model.config.vocab_size)
     capture = Capture(Storage(root, "job"), layout, described, lambda kind, body, urgent: None)
     capture.start(SlotRecord(1, 6, digest(state.words), 0), state)
     capture.finalise(6)
@@ -145,8 +147,10 @@ def checkpoint(root: Path, model: V3) -> Path:
     return root / "job" / "step-00000006"
 
 
-def test_a_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None:
-    model = V3(PRESETS["tiny"].config)
+@pytest.mark.parametrize("vocabulary", [264, 320])
+def test_a_checkpoint_of_a_run_is_exported(tmp_path: Path, vocabulary: int) -> None:
+    """Whatever vocabulary its corpus asked for."""
+    model = V3(replace(PRESETS["tiny"].config, vocab_size=vocabulary))
     model.initialise(7)
     model.routers()[0].router_bias[3] = 0.25
     folder = checkpoint(tmp_path, model)
