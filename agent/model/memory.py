@@ -50,20 +50,28 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """dp * ep * pp ranks. Experts are spread over ``ep`` ranks, blocks over ``pp`` stages.
+    """dp * pp ranks: ``pp`` stages of blocks, in each of them ``dp`` ranks with data of their own.
 
-    Every rank of a stage has its own data: all parameters but the experts exist dp * ep times, each expert dp times.
-    Masters and moments are divided among the ranks that hold the same parameter (ZeRO-1).
+    Experts are spread over ``ep`` of a stage's ranks: every expert exists dp / ep times, all other parameters dp times
+    (section 3.2: 16 stages, and experts over 64 of the 128 ranks of each). Masters and moments are divided among the
+    ranks that hold the same parameter (ZeRO-1), so a rank optimises a dp-th of its stage.
+
+    Raises:
+        ConfigError: ``ep`` does not divide ``dp``.
     """
 
     dp: int = 1
     ep: int = 1
     pp: int = 1
 
+    def __post_init__(self) -> None:
+        if self.dp % self.ep:
+            raise ConfigError("ep", f"{self.dp} data-parallel ranks do not divide into groups of {self.ep}")
+
     @property
     def ranks(self) -> int:
         """How many there are."""
-        return self.dp * self.ep * self.pp
+        return self.dp * self.pp
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +143,7 @@ def _share(stage: int, names: list[str], shapes: Mapping[str, tuple[int, ...]], 
         size = prod(shapes[name])
         held += size
         weights += kind.stored(name, shapes[name])
-        optimised += -(-size // (mesh.dp if _is_expert(name) else mesh.dp * mesh.ep))
+        optimised += -(-size // (mesh.dp // mesh.ep if _is_expert(name) else mesh.dp))
     return Share(stage, held, weights, held * kind.gradient, optimised * kind.master, optimised * kind.moments)
 
 

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     three = commands.add_parser("plan", help="parameters, and bytes of each rank of a mesh")
     named = ", ".join((PUBLISHED, *PRESETS))
     three.add_argument("subject", metavar="CONFIG", help=f"a config.json, its folder, or one of {named}")
-    three.add_argument("--mesh", type=_mesh, default=Mesh(), help="such as dp=2,ep=64,pp=16 (default: one rank)")
+    three.add_argument("--mesh", type=_mesh, default=Mesh(), help="such as dp=128,ep=64,pp=16 (default: one rank)")
     three.add_argument("--mtp", type=_whole, default=None, help="MTP modules (default: 0; a preset's own)")
     three.set_defaults(make=_plan, show=_tables)
     for command in (one, two, three):
@@ -185,9 +185,12 @@ def _mesh(text: str) -> Mesh:
     for part in text.split(","):
         axis, _, number = part.strip().partition("=")
         if axis not in ("dp", "ep", "pp") or axis in sizes:
-            raise argparse.ArgumentTypeError(f"{part!r}: each of dp, ep and pp may be given once, as in dp=2,ep=4")
+            raise argparse.ArgumentTypeError(f"{part!r}: each of dp, ep and pp may be given once, as in dp=4,ep=2")
         sizes[axis] = _whole(number, least=1)
-    return Mesh(**sizes)
+    try:
+        return Mesh(**sizes)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _whole(text: str, least: int = 0) -> int:

@@ -20,9 +20,9 @@ def planned(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, ob
 
 
 def test_the_published_model_has_671_and_37_billion(capsys: pytest.CaptureFixture[str]) -> None:
-    document = planned("671b", "--mesh", "dp=2,ep=64,pp=16", capsys=capsys)
+    document = planned("671b", "--mesh", "dp=128,ep=64,pp=16", capsys=capsys)
     assert document["parameters"] == {"total": 671_026_404_352, "active_per_token": 36_625_610_752, "mtp": 0}
-    assert document["mesh"] == {"dp": 2, "ep": 64, "pp": 16, "ranks": 2048}
+    assert document["mesh"] == {"dp": 128, "ep": 64, "pp": 16, "ranks": 2048}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -40,7 +40,7 @@ def test_counts_are_those_of_a_real_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PRECISIONS)
-@pytest.mark.parametrize("mesh", [Mesh(), Mesh(dp=2), Mesh(ep=4), Mesh(pp=3), Mesh(dp=2, ep=2, pp=2)])
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(dp=2), Mesh(dp=4, ep=4), Mesh(pp=3), Mesh(dp=4, ep=2, pp=2)])
 def test_all_ranks_together_hold_the_model(kind: str, mesh: Mesh) -> None:
     config = PRESETS["tiny"].config
     shapes = parameters(config)
@@ -51,7 +51,7 @@ def test_all_ranks_together_hold_the_model(kind: str, mesh: Mesh) -> None:
     rest = sum(sizes.values()) - experts + again
     assert len(found) == mesh.pp
     assert sum(share.parameters for share in found) == experts // mesh.ep + rest
-    everywhere = 4 * (experts // mesh.ep // mesh.dp + rest // (mesh.dp * mesh.ep))
+    everywhere = 4 * (experts + rest) // mesh.dp
     if kind != "fp32":  # each tensor is divided by itself, so a rank may hold one element more of each
         assert 0 <= sum(share.master for share in found) - everywhere <= 4 * len(shapes)
 
@@ -91,7 +91,8 @@ def test_a_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "671b", "--mesh", "dp=0"], "--mesh: must be a whole number >= 1, not '0'"),
         (["plan", "671b", "--mesh", "tp=2"], "'tp=2'"),
         (["plan", "671b", "--mesh", "dp=2,dp=2"], "may be given once"),
-        (["plan", "tiny", "--mesh", "ep=3"], "8 routed experts do not divide"),
+        (["plan", "tiny", "--mesh", "dp=3,ep=3"], "8 routed experts do not divide"),
+        (["plan", "tiny", "--mesh", "dp=3,ep=2"], "3 data-parallel ranks do not divide"),
         (["plan", "tiny", "--mesh", "pp=4"], "4 stages of 3 layers"),
         (["plan", "671b", "--mtp", "-1"], "--mtp"),
         (["import", "nowhere", "out"], "nowhere: is not a folder"),
@@ -128,7 +129,7 @@ def test_sizes_are_read_as_written(text: str, size: int) -> None:
 def test_the_command_passes_words_output_and_code_along(capfd: pytest.CaptureFixture[str]) -> None:
     assert call(["model", "plan", "tiny", "-o", "json"]) == 0
     assert json.loads(capfd.readouterr().out)["schema"] == "assay.model-plan/1"
-    assert call(["model", "plan", "tiny", "--mesh", "ep=3"]) == 2
+    assert call(["model", "plan", "tiny", "--mesh", "dp=3,ep=3"]) == 2
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "assay: tiny: ep: 8 routed experts do not divide among 3 ranks\n")
 
