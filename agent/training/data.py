@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agent.training.corpora import Tokens, open_tokens
+from agent.training.corpora import open_tokens
 from agent.training.corpus_cache import CorpusError
 from agent.training.sampling import sample_ids
 from agent.training.token_file import Offsets
+from agent.training.tokens import Tokens
 
 __all__ = ["Batch", "BatchCorrupted", "Corpus", "CorpusError", "sample_ids"]
 

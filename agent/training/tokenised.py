@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from agent.training import token_file
-from agent.training.corpora import Tokens, scan
 from agent.training.corpus_cache import CacheEntry, CorpusError, cached, write_note
+from agent.training.tokens import Tokens, scan
 
 #: Bytes of text handed to the library at a time: enough documents for all its threads, and a bound on memory. A single
 #: larger file is handed over whole, since a cut could fall into a token.

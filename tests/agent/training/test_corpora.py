@@ -15,6 +15,7 @@ from kinds import KINDS, TEXTS, folder, one_file, through_tokenizer, token_file,
 from tokenizers import Tokenizer
 
 from agent.training import corpora, tokenised
+from agent.training import tokens as tokens_module
 from agent.training.corpora import open_tokens
 from agent.training.corpus_cache import CorpusError
 from agent.training.data import BatchCorrupted, Corpus
@@ -177,7 +178,7 @@ def test_large_texts_come_in_several_batches(tmp_path: Path, monkeypatch: pytest
 
 
 def test_ids_outside_the_vocabulary_are_named_with_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "_CHUNK", 2)
+    monkeypatch.setattr(tokens_module, "_CHUNK", 2)
     with Writer(tmp_path / "x", DTYPES[4]) as writer:
         writer.add([1, 2, 3])
         writer.add([263, 264, 9])

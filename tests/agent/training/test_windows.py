@@ -205,7 +205,7 @@ def test_a_rank_refuses_a_corpus_that_does_not_fit(tmp_path: Path, changes: dict
 def test_without_the_scan_an_id_outside_would_reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: then the run would start, and end in its first step."""
     path, by, _ = through_tokenizer(tmp_path)
-    monkeypatch.setattr("agent.training.corpora.Tokens.check_vocabulary", lambda self, size: None)
+    monkeypatch.setattr("agent.training.tokens.Tokens.check_vocabulary", lambda self, size: None)
     engine = Engine(spec(tmp_path, corpus=str(path), tokenizer=str(by)))
     with pytest.raises(ValueError, match="outside the vocabulary"):
         engine.model.loss(engine._batch(1, 0).tokens)
