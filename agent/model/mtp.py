@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from agent.model.block import Block
 from agent.model.config import V3Config
+from agent.model.fp8 import activation_dtype
 from agent.model.linear import Linear
 from agent.model.moe import RouterLoad
 from agent.model.norm import RMSNorm
@@ -25,7 +26,7 @@ class MTPModule(nn.Module):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm = RMSNorm(size, eps, dtype)
         self.hidden_norm = RMSNorm(size, eps, dtype)
-        self.projection = Linear(2 * size, size, dtype)  # M_k
+        self.projection = Linear(2 * size, size, activation_dtype(dtype))  # M_k; not FP8: no block's linear
         self.block = Block(config, dense=False, dtype=dtype)  # TRM_k
         self.norm = RMSNorm(size, eps, torch.float32)
 

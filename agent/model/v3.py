@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from agent.model.block import Block
 from agent.model.config import V3Config
+from agent.model.fp8 import activation_dtype
 from agent.model.linear import Linear
 from agent.model.moe import MoE, RouterLoad
 from agent.model.mtp import MTPModule
@@ -43,14 +44,17 @@ class V3(nn.Module):
     """DeepSeek-V3 (arXiv 2412.19437).
 
     Parameters are fp32 masters whatever ``compute_dtype``. With bf16 every product casts its operands explicitly, while
-    the residual stream, norms, router, softmax and loss stay in fp32. Nothing keeps a parameter's storage between
-    calls, so a caller may swap ``param.data`` and preset ``param.grad``; a forward changes no state.
+    the residual stream, norms, router, softmax and loss stay in fp32. With ``torch.float8_e4m3fn`` the linears of
+    blocks and experts multiply in FP8 (section 3.3); head, attention core and what flows between are as in bf16.
+    Nothing keeps a parameter's storage between calls, so a caller may swap ``param.data`` and preset ``param.grad``; a
+    forward changes no state but FP8's statistics, which no result depends on.
     """
 
     def __init__(self, config: V3Config, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        if compute_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"compute_dtype: torch.float32 or torch.bfloat16, not {compute_dtype}")
+        if compute_dtype not in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+            known = "torch.float32, torch.bfloat16 or torch.float8_e4m3fn"
+            raise ValueError(f"compute_dtype: {known}, not {compute_dtype}")
         self.config = config
         self.compute_dtype = compute_dtype
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=torch.float32))
@@ -59,7 +63,7 @@ class V3(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, torch.float32)
-        self.head = Linear(config.hidden_size, config.vocab_size, compute_dtype)
+        self.head = Linear(config.hidden_size, config.vocab_size, activation_dtype(compute_dtype))
         self.mtp = nn.ModuleList(MTPModule(config, compute_dtype) for _ in range(config.mtp_depth))
         self.initialise(0)
 

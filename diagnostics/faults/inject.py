@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics.faults.corrupt import TILE, corrupt
 from diagnostics.faults.spec import FaultSpec, FaultSpecError
+from diagnostics.sensors.announced import Announced, watchers
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
@@ -67,14 +68,17 @@ class Injector:
         self._work: _Work | None = None
         self._seen = _SeeLinears(self)
         self._below = _Corrupt(self)
+        self._open = False  # announced products may be made after the context has closed
         self._modes = ExitStack()
 
     def __enter__(self) -> Injector:
         self._modes.enter_context(self._below)
         self._modes.enter_context(self._seen)
+        self._open = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._open = False
         self._modes.close()
 
     def linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -107,9 +111,27 @@ class Injector:
             is_dgrad = any(isinstance(o, Tensor) and o.data_ptr() == work.weight for o in operands)
             pass_, due = "dgrad" if is_dgrad else "wgrad", work.name == self._drawn_that_ran()
         if pass_ == self.spec.op and due and enough:
-            self.fired = {"module": work.name, "op": pass_, "fault": self.spec.fault, "bit": self.spec.bit}
-            self.fired |= {"dtype": str(out.dtype).removeprefix("torch."), "shape": list(out.shape)}
-            self.fired |= corrupt(out, self.spec, self._rng)
+            self._strike(work.name, pass_, out)
+
+    def announced(self, product: Announced, out: Tensor) -> None:
+        """One announced product has been made: the same choice as among those that torch's functions show."""
+        name = self._name_of(product.weight)
+        if name is None or not self._open:
+            return
+        forward = product.pass_ == "fprop"
+        if forward and self.spec.op != "fprop" and name in self._targets:
+            rows = product.weight.shape[0] if self.spec.op == "wgrad" else out.shape[0]
+            if rows >= _FEWEST_ROWS:
+                self._ran.append(name)
+        if self.fired is not None or product.pass_ != self.spec.op or out.shape[0] < _FEWEST_ROWS:
+            return
+        if self._due_in_forward(name) if forward else name == self._drawn_that_ran():
+            self._strike(name, product.pass_, out)
+
+    def _strike(self, name: str, pass_: str, out: Tensor) -> None:
+        self.fired = {"module": name, "op": pass_, "fault": self.spec.fault, "bit": self.spec.bit}
+        self.fired |= {"dtype": str(out.dtype).removeprefix("torch."), "shape": list(out.shape)}
+        self.fired |= corrupt(out, self.spec, self._rng)
 
     def _due_in_forward(self, name: str) -> bool:
         """Whether the drawn linear's turn has come, or has passed because it had nothing to do."""
@@ -184,7 +206,8 @@ class _SeeLinears(TorchFunctionMode):
     ) -> Any:
         if func is F.linear:
             return self._injector.linear(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        return (self._injector, *out) if func is watchers else out
 
 
 class _Corrupt(TorchDispatchMode):  # type: ignore[no-untyped-call]

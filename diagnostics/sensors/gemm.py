@@ -42,6 +42,12 @@ class Operand:
         return cls(value, fp32, rows, torch.linalg.vector_norm(rows))
 
     @classmethod
+    def by_blas(cls, value: Tensor) -> Operand:
+        """Measure an fp32 matrix [m, n] that is read by rows, whatever its strides (see `both_ways` for the way)."""
+        rows = torch.mv(value.square(), value.new_ones(value.shape[1])).sqrt_()
+        return cls(value, value, rows, torch.linalg.vector_norm(rows))
+
+    @classmethod
     def both_ways(cls, value: Tensor) -> tuple[Operand, Operand]:
         """Measure a matrix [m, n] that is read by rows and, transposed, by columns.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diagnostics.health import Alarm
+from diagnostics.sensors.announced import Announced, watchers
 from diagnostics.sensors.gemm import Operand, row_readings
 from diagnostics.sensors.names import WeightNames
 from diagnostics.sensors.products import Product, backward_node, product_of
@@ -28,7 +29,7 @@ FINITE = "finite"
 
 
 class Guard:
-    """Guards a module whose products go through F.linear (nn.Linear included), mm, addmm or 2-D matmul.
+    """Guards a module whose products go through F.linear (nn.Linear included), mm, addmm, 2-D matmul, or are announced.
 
     The native kernels run untouched: a function mode watches the forward, hooks on the autograd nodes the backward, so
     guarded and unguarded steps are bit-equal. One step at a time; the step before is settled when the next begins.
@@ -185,6 +186,18 @@ class GuardedStep:
 
         node.register_hook(after)
 
+    def announced(self, product: Announced, out: Tensor) -> None:
+        """Check one product that was announced, in whichever pass, against the operands that its kernel saw."""
+        kappa = self._kappa(out, product.operation)
+        if kappa is None or self._settled is not None:
+            return
+        with quiet():
+            left_value, right = product.operands()
+            left = Operand.by_blas(left_value)
+            right_norm = torch.linalg.vector_norm(right)
+            check = _Check(self._guard.names.of(product.weight), product.operation, kappa, right_norm, left.norm)
+            self._check(check, product.pass_, out, left, right, right_norm)
+
     def _backward(
         self, check: _Check, left: Tensor, right: Tensor, grads: tuple[Tensor | None, ...], grad: Tensor
     ) -> None:
@@ -212,9 +225,9 @@ class GuardedStep:
         readings = row_readings(c, left, right, right_norm, self._signs, check.kappa, factor, bias)
         self._guard.log.append(Site(GEMM, check.module, check.operation, pass_, tuple(c.shape)), readings)
 
-    def _kappa(self, out: Tensor) -> Kappa | None:
+    def _kappa(self, out: Tensor, kernel: str = "mm") -> Kappa | None:
         try:
-            return self._guard.table.kappa(out.device.type, str(out.dtype).removeprefix("torch."))
+            return self._guard.table.kappa(out.device.type, str(out.dtype).removeprefix("torch."), kernel)
         except UnknownTolerance as reason:
             self._skip(str(reason))
             return None
@@ -251,6 +264,8 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is watchers:
+            return (*out, self._step)
         product = product_of(func, args, kwargs)
         if product is not None:
             self._step.forward(product, out)

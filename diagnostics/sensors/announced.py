@@ -1,0 +1,56 @@
+"""Products whose kernels torch's functions do not show (FP8, fused ones): announced by whoever makes them.
+
+Asking who watches is itself a torch function, so the function modes of the guard and of fault models answer it, in the
+forward. The answer is kept for the backward, where a function mode need not be active (`Tensor.backward` suspends it)
+and which may run in another thread. With nobody watching it costs one question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """One product out [M, N] = left [M, K] right [K, N], fp32.
+
+    operation: the kind of kernel, by which its tolerance is looked up, e.g. "fp8". pass_: fprop, dgrad or wgrad.
+    weight: the parameter that names the place. operands: gives left and right as the kernel saw them (dequantised,
+    fp32); called only where somebody watches, after the product was made.
+    """
+
+    operation: str
+    pass_: str
+    weight: Tensor
+    operands: Callable[[], tuple[Tensor, Tensor]]
+
+
+class Watcher(Protocol):
+    """Who is shown a product right after it was made."""
+
+    def announced(self, product: Announced, out: Tensor) -> None:
+        """`out` is the kernel's own result, before anybody used it."""
+
+
+def watchers(weight: Tensor) -> tuple[Watcher, ...]:
+    """Who watches the products of `weight` now, in the order in which they are to be shown; call it in the forward.
+
+    A function mode answers with itself and what it finds below: first if it changes results (a fault model), last if
+    it reads them (a guard), so that faults lie below the sensors whichever mode was entered first.
+    """
+    if has_torch_function((weight,)):
+        found: tuple[Watcher, ...] = handle_torch_function(watchers, (weight,), weight)
+        return found
+    return ()
+
+
+def announce(product: Announced, out: Tensor, to: Sequence[Watcher]) -> Tensor:
+    """Show a product to each watcher; returns `out`."""
+    for watcher in to:
+        watcher.announced(product, out)
+    return out
