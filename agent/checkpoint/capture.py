@@ -162,4 +162,4 @@ class Capture:
 
 
 def _dtype(tensor: Tensor) -> str:
-    return {torch.float32: "float32", torch.int64: "int64"}[tensor.dtype]
+    return {torch.float32: "float32", torch.int64: "int64", torch.int16: "bfloat16"}[tensor.dtype]

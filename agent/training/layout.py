@@ -32,7 +32,8 @@ class Span:
 class State:
     """Typed views into one slot's bytes.
 
-    `parameters`, `exp_avg`, `exp_avg_sq` are float32 [flat]; `router_bias` float32 [layers * experts, padded];
+    `parameters` are float32 [flat], `exp_avg` and `exp_avg_sq` [flat] in the layout's `moments`;
+    `router_bias` float32 [layers * experts, padded];
     `meta` int64 [META]; `words` is the whole as int32, the view that is hashed.
     """
 
@@ -48,9 +49,11 @@ class StateLayout:
     """The layout of a model's state: fp32 master parameters, both moments, router bias, RNG key and data cursor.
 
     Parameters that take weight decay (matrices) come first, so that each chunk of the optimizer has one decay.
+    `moments` is float32, or bfloat16 (FP8 training, arXiv 2412.19437, section 3.3.3): two to a word then, in parameter
+    order like everything else. Every span starts at a multiple of ALIGN elements, so none begins within a word.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, moments: torch.dtype = torch.float32) -> None:
         named = [(name, p) for name, p in model.named_parameters()]
         ordered = [(n, p) for n, p in named if p.dim() >= 2] + [(n, p) for n, p in named if p.dim() < 2]
         spans = []
@@ -64,21 +67,28 @@ class StateLayout:
         self.biases = tuple(n for n, b in model.named_buffers() if n.endswith("router_bias"))
         self.experts = max((b.numel() for n, b in model.named_buffers() if n in self.biases), default=0)
         self.bias = -(-len(self.biases) * self.experts // ALIGN) * ALIGN
-        self.nbytes = 4 * (3 * self.flat + self.bias) + 8 * META
+        self.moments = moments
+        self._per_word = 4 // moments.itemsize
+        self.region = self.flat // self._per_word
+        self.tail = self.flat + 2 * self.region
+        self.nbytes = 4 * (self.tail + self.bias) + 8 * META
 
     def view(self, buffer: memoryview) -> State:
         """Tensors over a slot's `nbytes` bytes; they share its memory."""
         words = torch.frombuffer(buffer, dtype=torch.int32)
-        floats = words.view(torch.float32)
-        n, b = self.flat, self.bias
+        first, second, tail, b = self.flat, self.flat + self.region, self.tail, self.bias
         return State(
             words=words,
-            parameters=floats[:n],
-            exp_avg=floats[n : 2 * n],
-            exp_avg_sq=floats[2 * n : 3 * n],
-            router_bias=floats[3 * n : 3 * n + b],
-            meta=words[3 * n + b :].view(torch.int64),
+            parameters=words[:first].view(torch.float32),
+            exp_avg=words[first:second].view(self.moments),
+            exp_avg_sq=words[second:tail].view(self.moments),
+            router_bias=words[tail : tail + b].view(torch.float32),
+            meta=words[tail + b :].view(torch.int64),
         )
+
+    def word(self, region: int, element: int) -> int:
+        """Where an element of a region (0 parameters, 1 and 2 the moments) lies in `words`."""
+        return element if region == 0 else self.flat + (region - 1) * self.region + element // self._per_word
 
     def bind(self, model: nn.Module, state: State) -> None:
         """Point the model's parameters and router biases at `state`; nothing is copied."""
@@ -113,15 +123,20 @@ class StateLayout:
     def parts(self, state: State) -> list[tuple[str, int, Tensor]]:
         """Every part of the state as (name in a checkpoint, first 32-bit word, tensor sharing memory).
 
-        Together they are all its words but padding, which is zero and so adds nothing to the digest.
+        Together they are all its words but padding, which is zero and so adds nothing to the digest. bf16 moments come
+        as the int16 that their bits are, since numpy and the files' readers know no bfloat16.
         """
-        regions = (("master", state.parameters), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq))
+        moments = [
+            flat if flat.dtype == torch.float32 else flat.view(torch.int16)
+            for flat in (state.exp_avg, state.exp_avg_sq)
+        ]
+        regions = (("master", state.parameters), ("exp_avg", moments[0]), ("exp_avg_sq", moments[1]))
         parts = [
-            (f"{kind}.{span.name}", index * self.flat + span.start, self._part(flat, span))
+            (f"{kind}.{span.name}", self.word(index, span.start), self._part(flat, span))
             for index, (kind, flat) in enumerate(regions)
             for span in self.spans
         ]
-        start = 3 * self.flat
+        start = self.tail
         for index, row in enumerate(self.bias_rows(state.router_bias)):
             parts.append((f"router_bias.{self.biases[index]}", start + index * self.experts, row))
         parts.append(("meta", start + self.bias, state.meta))

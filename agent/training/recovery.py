@@ -8,7 +8,7 @@ from agent.checkpoint.manifest import Manifest
 from agent.checkpoint.storage import ShardRefused, Storage, read
 from agent.slots import SlotRecord
 from agent.training.collective import Group
-from agent.training.engine import Engine
+from agent.training.engine import MOMENTS, Engine
 from agent.training.replay import Daemon
 from agent.training.restore import Choice, Holding, choose
 from agent.training.transaction import StateLost, Transaction
@@ -137,12 +137,14 @@ class Recovery:
         return True
 
     def _matches(self, path: Path, manifest: Manifest) -> None:
-        """Refuse a checkpoint of another job's data or model."""
+        """Refuse a checkpoint of another job's data or model, or whose moments are of another type."""
         engine, spec = self.engine, self.engine.spec
         wanted = (spec.preset, engine.preset.config.vocab_size, spec.seed, engine.corpus.digest, spec.pack)
         found = (manifest.preset, manifest.vocab_size, manifest.seed, manifest.corpus, manifest.pack)
         if found != wanted:
             raise ShardRefused(path, 0, "manifest", f"preset, vocab_size, seed, corpus, pack {wanted}", str(found))
+        if MOMENTS.get(manifest.precision, torch.float32) != self.engine.layout.moments:
+            raise ShardRefused(path, 0, "manifest", f"precision {spec.precision!r}", repr(manifest.precision))
 
     def _from_seed(self) -> str:
         """Step 0: a function of the seed alone."""

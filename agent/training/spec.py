@@ -4,6 +4,7 @@ import json
 from dataclasses import MISSING, asdict, dataclass, fields
 
 SCHEMA = "assay.job/1"
+PRECISIONS = ("fp32", "bf16", "fp8")
 
 
 class SpecError(ValueError):
@@ -40,8 +41,8 @@ class JobSpec:
     corpus_digest: str | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise SpecError(f"precision is {self.precision!r}; use fp32 or bf16")
+        if self.precision not in PRECISIONS:
+            raise SpecError(f"precision is {self.precision!r}; use {', '.join(PRECISIONS)}")
         if self.pack not in ("stream", "documents"):
             raise SpecError(f"pack is {self.pack!r}; use stream or documents")
         if self.vocab_size is not None and self.vocab_size < 1:

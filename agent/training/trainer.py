@@ -5,8 +5,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from agent.checkpoint.capture import Capture
 from agent.checkpoint.manifest import Manifest
 from agent.checkpoint.storage import Storage
+from agent.model.fp8 import Summary
 from agent.model.router import updated_bias
 from agent.slots import SlotRecord, Slots
 from agent.training.collective import Group
@@ -316,6 +318,7 @@ class Trainer:
                 "gate_s": now - sensed,
                 "tokens": computation.tokens,
                 "expert_load": computation.counts.flatten().tolist(),
+                "fp8": [_summary_body(summary) for summary in computation.fp8],
             }
         )
 
@@ -348,6 +351,13 @@ class Trainer:
 
     def _enter(self, step: int, phase: str) -> None:
         self.slots.enter(self.seat.generation, step, phase)
+
+
+def _summary_body(summary: Summary) -> dict[str, Any]:
+    """A summary as it travels: assay.v1.Fp8Summary's fields."""
+    body = asdict(summary)
+    body["pass"] = body.pop("pass_")
+    return body
 
 
 def fingerprint(threads: int) -> str:

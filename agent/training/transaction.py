@@ -93,7 +93,7 @@ class Transaction:
         new.meta[STEP] = change.step
         new.meta[SAMPLES] += change.samples
         new.meta[RNG] = change.step
-        tail = 3 * self.layout.flat
+        tail = self.layout.tail
         state_digest = (total + digest(new.words[tail:], tail)) & _MASK
         record = SlotRecord(change.generation, change.step, state_digest, link(before.chain, change.step, state_digest))
         self.slots.write_record(target, record)

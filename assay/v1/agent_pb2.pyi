@@ -150,8 +150,27 @@ class Report(_message.Message):
     reports_dropped: ReportsDropped
     def __init__(self, seq: _Optional[int] = ..., time: _Optional[float] = ..., traceparent: _Optional[str] = ..., steps: _Optional[_Union[StepRecords, _Mapping]] = ..., processes: _Optional[_Union[Processes, _Mapping]] = ..., worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., worker_exited: _Optional[_Union[WorkerExited, _Mapping]] = ..., progress_stalled: _Optional[_Union[ProgressStalled, _Mapping]] = ..., gate_alarm: _Optional[_Union[GateAlarm, _Mapping]] = ..., replay_result: _Optional[_Union[ReplayResult, _Mapping]] = ..., audit_result: _Optional[_Union[AuditResult, _Mapping]] = ..., digest_disagreement: _Optional[_Union[DigestDisagreement, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., checkpoint_captured: _Optional[_Union[CheckpointCaptured, _Mapping]] = ..., checkpoint_durable: _Optional[_Union[CheckpointDurable, _Mapping]] = ..., shard_refused: _Optional[_Union[ShardRefused, _Mapping]] = ..., finding_raised: _Optional[_Union[FindingRaised, _Mapping]] = ..., finding_cleared: _Optional[_Union[FindingCleared, _Mapping]] = ..., probe_result: _Optional[_Union[ProbeResult, _Mapping]] = ..., drill_fired: _Optional[_Union[DrillFired, _Mapping]] = ..., action_result: _Optional[_Union[ActionResult, _Mapping]] = ..., reports_dropped: _Optional[_Union[ReportsDropped, _Mapping]] = ...) -> None: ...
 
+class Fp8Summary(_message.Message):
+    __slots__ = ("tensor", "amax", "amax_module", "saturation", "saturation_module", "underflow", "underflow_module")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    PASS_FIELD_NUMBER: _ClassVar[int]
+    AMAX_FIELD_NUMBER: _ClassVar[int]
+    AMAX_MODULE_FIELD_NUMBER: _ClassVar[int]
+    SATURATION_FIELD_NUMBER: _ClassVar[int]
+    SATURATION_MODULE_FIELD_NUMBER: _ClassVar[int]
+    UNDERFLOW_FIELD_NUMBER: _ClassVar[int]
+    UNDERFLOW_MODULE_FIELD_NUMBER: _ClassVar[int]
+    tensor: str
+    amax: float
+    amax_module: str
+    saturation: float
+    saturation_module: str
+    underflow: float
+    underflow_module: str
+    def __init__(self, tensor: _Optional[str] = ..., amax: _Optional[float] = ..., amax_module: _Optional[str] = ..., saturation: _Optional[float] = ..., saturation_module: _Optional[str] = ..., underflow: _Optional[float] = ..., underflow_module: _Optional[str] = ..., **kwargs) -> None: ...
+
 class StepRecord(_message.Message):
-    __slots__ = ("step", "time", "loss", "grad_norm", "reading", "checks", "attempts", "digest", "chain", "step_s", "sensor_s", "gate_s", "tokens", "expert_load")
+    __slots__ = ("step", "time", "loss", "grad_norm", "reading", "checks", "attempts", "digest", "chain", "step_s", "sensor_s", "gate_s", "tokens", "expert_load", "fp8")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +185,7 @@ class StepRecord(_message.Message):
     GATE_S_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
+    FP8_FIELD_NUMBER: _ClassVar[int]
     step: int
     time: float
     loss: float
@@ -180,7 +200,8 @@ class StepRecord(_message.Message):
     gate_s: float
     tokens: int
     expert_load: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step: _Optional[int] = ..., time: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., reading: _Optional[float] = ..., checks: _Optional[int] = ..., attempts: _Optional[int] = ..., digest: _Optional[str] = ..., chain: _Optional[str] = ..., step_s: _Optional[float] = ..., sensor_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., tokens: _Optional[int] = ..., expert_load: _Optional[_Iterable[int]] = ...) -> None: ...
+    fp8: _containers.RepeatedCompositeFieldContainer[Fp8Summary]
+    def __init__(self, step: _Optional[int] = ..., time: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., reading: _Optional[float] = ..., checks: _Optional[int] = ..., attempts: _Optional[int] = ..., digest: _Optional[str] = ..., chain: _Optional[str] = ..., step_s: _Optional[float] = ..., sensor_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., tokens: _Optional[int] = ..., expert_load: _Optional[_Iterable[int]] = ..., fp8: _Optional[_Iterable[_Union[Fp8Summary, _Mapping]]] = ...) -> None: ...
 
 class StepRecords(_message.Message):
     __slots__ = ("job", "generation", "rank", "records")

@@ -83,7 +83,7 @@ class Order:
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="Keep all of the run here. [default: fresh]")
 @click.option("--db", help="The database's URL. [default: sqlite, in the run's directory]")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the status page. [default: a free one]")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp8"]), default="fp32", show_default=True)
 @click.option("--corpus", help="A text file, a folder of them, or a token file's PREFIX. [default: Python's sources]")
 @click.option("--tokenizer", help="A tokenizer.json for text. [default: each byte is a token]")
 @click.option("--vocab-size", type=click.IntRange(1, MOST_IDS), help="Ids. [default: the preset's or the tokenizer's]")

@@ -19,7 +19,7 @@ TIME_LIMIT = 1e11
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # Measurements that may honestly be NaN or infinite: a corrupted step is what this program looks for.
-_MAY_BE_NOT_FINITE = frozenset({"loss", "grad_norm", "reading", "value"})
+_MAY_BE_NOT_FINITE = frozenset({"loss", "grad_norm", "reading", "value", "amax"})
 # What an honest agent may quote from anywhere (an exception, a log): cut and cleaned instead of refused, because a
 # refused report comes again.
 _FREE_TEXT = frozenset({"detail", "reason", "location"})

@@ -25,7 +25,7 @@ from controller.rpc.checks import (
     check_text,
     check_time,
 )
-from controller.store.reports import NodeProcesses, Report, ReportsDropped, StepRecord, StepRecords
+from controller.store.reports import Fp8Summary, NodeProcesses, Report, ReportsDropped, StepRecord, StepRecords
 
 # Ours on the left where the wire has another name.
 _WIRE_NAMES = {"pass_": "pass", "fired_at": "time", "target": "node"}
@@ -68,6 +68,7 @@ _NESTED: dict[str, type[Any]] = {
     "Process": events.Process,
     "Drill": events.Drill,
     "StepRecord": StepRecord,
+    "Fp8Summary": Fp8Summary,
 }
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from controller.store import segments
 from controller.store.opening import Store, told
-from controller.store.reports import StepRecord
+from controller.store.reports import Fp8Summary, StepRecord
 from controller.store.schema import actions, changes, events, marks, snapshots
 from controller.store.schema import segments as segment_rows
 
@@ -103,8 +103,12 @@ def find_change(store: Store, key: str) -> tuple[str, str] | None:
 
 
 def _record(entry: dict[str, Any]) -> StepRecord:
-    known = {field.name for field in fields(StepRecord)}
-    values: dict[str, Any] = {
-        name: NOT_FINITE if value is None else value for name, value in entry.items() if name in known
-    }
-    return StepRecord(**{**values, "expert_load": tuple(entry["expert_load"])})
+    summaries = tuple(Fp8Summary(**_known(Fp8Summary, part)) for part in entry.get("fp8", ()))  # none in old records
+    values = _known(StepRecord, entry)
+    return StepRecord(**{**values, "expert_load": tuple(entry["expert_load"]), "fp8": summaries})
+
+
+def _known(target: type[Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """What of an entry `target` has a field for, with NaN where JSON had no word for the value."""
+    names = {field.name for field in fields(target)}
+    return {name: NOT_FINITE if value is None else value for name, value in entry.items() if name in names}

@@ -6,11 +6,29 @@ from controller.core.events import Event, Process
 
 
 @dataclass(frozen=True, slots=True)
+class Fp8Summary:
+    """What FP8 quantisation did to one kind of tensor: the worst of each statistic, and the module where it was.
+
+    `saturation` is the share of values stored as the largest code, `underflow` that of non-zero values that became 0.
+    """
+
+    tensor: str
+    pass_: str
+    amax: float
+    amax_module: str
+    saturation: float
+    saturation_module: str
+    underflow: float
+    underflow_module: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One rank's account of one committed step. `loss` (nats per token), `grad_norm` and `reading` may be NaN.
 
     `reading` is the worst residual over tolerance; `attempts` is above 1 when the step was redone; `digest` is of the
-    state after the commit; `expert_load` counts routed tokens per (MoE layer, expert), row-major.
+    state after the commit; `expert_load` counts routed tokens per (MoE layer, expert), row-major; `fp8` has one
+    summary for each kind of tensor, and is empty in other precisions and from agents that know of none.
     """
 
     step: int
@@ -27,6 +45,7 @@ class StepRecord:
     gate_s: float
     tokens: int
     expert_load: tuple[int, ...]
+    fp8: tuple[Fp8Summary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,10 +54,12 @@ def unpack(payload: bytes) -> list[dict[str, Any]]:
 
 def _record(record: StepRecord) -> dict[str, Any]:
     """One record without what JSON cannot say."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(record).items()
-    }
+    plain = {name: _said(value) for name, value in asdict(record).items() if name != "fp8"}
+    return {**plain, "fp8": [{name: _said(value) for name, value in asdict(entry).items()} for entry in record.fp8]}
+
+
+def _said(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _encode(records: list[dict[str, Any]]) -> bytes:

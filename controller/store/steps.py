@@ -48,7 +48,15 @@ def committed(connection: Connection, job: str) -> list[dict[str, Any]]:
         "time",
         "step_s",
     )
-    return [{name: record[name] for name in names} for record in newest(records(connection, job))]
+    return [
+        {**{name: record[name] for name in names}, "fp8": [_summary(part) for part in record.get("fp8", ())]}
+        for record in newest(records(connection, job))
+    ]
+
+
+def _summary(part: dict[str, Any]) -> dict[str, Any]:
+    """One FP8 summary under the wire's names; records of older versions have none."""
+    return {"pass" if name == "pass_" else name: value for name, value in part.items()}
 
 
 def committed_count(connection: Connection, job: str) -> int:

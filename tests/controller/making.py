@@ -10,13 +10,20 @@ from controller.core.state import State
 from controller.recorder import Recorder
 from controller.store.finals import Finals
 from controller.store.ingest import Ingest
-from controller.store.reports import Report, StepRecord, StepRecords
+from controller.store.reports import Fp8Summary, Report, StepRecord, StepRecords
 from controller.telemetry import Metrics, Traces
 
 SPEC = '{"schema":"assay.job/1","job":"main","steps":%d,"world":%d}'
 
 
-def record(step: int, digest: str = "", loss: float = 1.0, attempts: int = 1) -> StepRecord:
+def summary(amax: float = 3.0) -> Fp8Summary:
+    """What an FP8 step says of its activations."""
+    return Fp8Summary("activation", "fprop", amax, "layers.0.ffn.down", 0.01, "head", 0.25, "layers.1.moe.experts.0.up")
+
+
+def record(
+    step: int, digest: str = "", loss: float = 1.0, attempts: int = 1, fp8: tuple[Fp8Summary, ...] = ()
+) -> StepRecord:
     """One rank's record of a step that took 0.1 s and ended at `step` seconds."""
     return StepRecord(
         step=step,
@@ -33,6 +40,7 @@ def record(step: int, digest: str = "", loss: float = 1.0, attempts: int = 1) ->
         gate_s=0.01,
         tokens=100,
         expert_load=(1, 2),
+        fp8=fp8,
     )
 
 

@@ -144,3 +144,65 @@ def test_a_persistent_corruption_waits_for_the_device_to_be_replaced(home: Path)
     (ruling,) = kinds(reports, "replay_result")
     assert (ruling["verdict"], ruling["blamed_node"], ruling["recurrent"]) == ("CORRUPT", "n1", True)
     assert max(entry["step"] for entry in kinds(reports, "step")) == 2
+
+
+@pytest.fixture(scope="module")
+def clean_fp8(home: Path) -> str:
+    """The same six steps in FP8, and what the step records say of it."""
+    codes, reports = train(home / "clean-fp8", precision="fp8")
+    assert codes == [0, 0]
+    assert not kinds(reports, "gate_alarm")
+    for entry in kinds(reports, "step"):
+        assert [(s["tensor"], s["pass"]) for s in entry["fp8"]] == [
+            ("activation", "fprop"),
+            ("weight", "fprop"),
+            ("gradient", "dgrad"),
+        ]
+        assert all(s["amax"] > 0 and 0 <= s["underflow"] <= 1 and s["amax_module"] for s in entry["fp8"])
+    return end(reports)
+
+
+def test_fp8_is_another_computation_and_sensors_change_no_bit_of_it(home: Path, clean: str, clean_fp8: str) -> None:
+    _, reports = train(home / "sensors-off-fp8", precision="fp8", sensors=False)
+    assert end(reports) == clean_fp8 != clean
+
+
+def test_corrupted_fp8_products_are_caught_before_they_commit(home: Path, clean_fp8: str) -> None:
+    """One product of each pass, in a step of its own."""
+    ops = {2: "fprop", 3: "dgrad", 4: "wgrad"}
+    drills = [{**sdc(step, op=op, bit="20")[0], "id": f"drill-{op}"} for step, op in ops.items()]
+    codes, reports = train(home / "sdc-fp8", drills=drills, precision="fp8")
+    assert codes == [0, 0]
+    assert end(reports) == clean_fp8
+    alarms = {entry["step"]: entry["alarms"][0] for entry in kinds(reports, "gate_alarm")}
+    assert {step: (alarm["operation"], alarm["pass"]) for step, alarm in alarms.items()} == {
+        step: ("fp8", op) for step, op in ops.items()
+    }
+    rulings = kinds(reports, "replay_result")
+    assert [(ruling["step"], ruling["verdict"], ruling["blamed_node"]) for ruling in rulings] == [
+        (step, "CORRUPT", "n1") for step in ops
+    ]
+
+
+def test_without_sensors_the_same_fp8_corruption_commits(home: Path, clean_fp8: str) -> None:
+    """The negative control."""
+    codes, reports = train(home / "unguarded-fp8", drills=sdc(op="wgrad", bit="20"), precision="fp8", sensors=False)
+    assert codes == [0, 0]
+    assert kinds(reports, "drill_fired")
+    assert end(reports) != clean_fp8
+
+
+def test_fp8_goes_on_from_its_checkpoint_and_no_other_precision_does(home: Path, clean: str, clean_fp8: str) -> None:
+    """bf16 moments come back from the files bit for bit; to an fp32 job they are refused, not misread."""
+    folder = home / "checkpoint-fp8"
+    train(folder, steps=3, precision="fp8")
+    for generation, precision, ends, source in (
+        (2, "fp8", clean_fp8, ("checkpoint", 3)),
+        (3, "fp32", clean, ("init", 0)),
+    ):
+        for rank in range(2):
+            (folder / f"n{rank}" / "job.slots").unlink()
+        codes, reports = train(folder, generation=generation, precision=precision)
+        assert (codes, end(reports)) == ([0, 0], ends)
+        assert {(entry["source"], entry["step"]) for entry in kinds(reports, "resumed")} == {source}
+    assert "precision 'fp32'" in kinds(reports, "shard_refused")[0]["expected"]

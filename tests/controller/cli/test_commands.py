@@ -59,7 +59,7 @@ def test_presets_are_those_of_the_model() -> None:
         (["--steps", "many"], "--steps"),
         (["--nodes", "0"], "--nodes"),
         (["--nodes", "250", "--spares", "1"], "250"),
-        (["--precision", "fp8"], "--precision"),
+        (["--precision", "fp4"], "--precision"),
         (["--tolerance-scale", "0"], "--tolerance-scale"),
         (["--tolerance-scale", "nan"], "--tolerance-scale"),
         (["--corpus", "nowhere"], "nowhere does not exist"),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from making import exited, hello, ready, record, recorder, report, resumed, steps, submitted
+from making import exited, hello, ready, record, recorder, report, resumed, steps, submitted, summary
 from sqlalchemy import text
 
 from controller.core import events
@@ -152,6 +152,13 @@ def test_each_rank_and_step_once(story: Story) -> None:
     ]
     assert {entry["step"]: entry["generation"] for entry in found} == {1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
     assert "old" not in {entry["digest"] for entry in found}
+    assert {tuple(entry["fp8"]) for entry in found} == {()}
+
+
+def test_steps_show_fp8_statistics_under_the_wire_s_names(story: Story) -> None:
+    story.hear("n0", steps(0, [record(6, fp8=(summary(),))], generation=2))
+    (found,) = [entry for entry in finish(story).steps()["steps"] if (entry["step"], entry["rank"]) == (6, 0)]
+    assert [(part["tensor"], part["pass"], part["amax"]) for part in found["fp8"]] == [("activation", "fprop", 3.0)]
 
 
 def test_a_commit_whose_report_was_lost_still_counts(any_store: Store, story: Story) -> None:
