@@ -132,9 +132,11 @@ class Gang:
         self._end(str(message["standby"]))
 
     def _exited(self, standby: str, cause: str, error: Exception) -> None:
-        traceback.print_exception(error)  # all of it goes to the gang's log; the report takes the cause in one line
-        cause_of_it = error.cause if isinstance(error, RayTaskError) else error
-        detail = f"{type(cause_of_it).__name__}: {cause_of_it}"[:500]
+        failed: object = error
+        if isinstance(error, RayTaskError):  # an error of our own: all of it goes to the log, the report takes one line
+            traceback.print_exception(error)
+            failed = error.cause
+        detail = f"{type(failed).__name__}: {failed}"[:500]
         self._client.send({"t": "exited", "standby": standby, "cause": cause, "detail": detail})
         self._end(standby)
 

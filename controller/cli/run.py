@@ -19,7 +19,7 @@ from controller.cli.follow import Display, follow
 from controller.cli.output import output_option, print_json, say
 from controller.cli.presets import LAYERS, state_bytes
 from controller.cli.reading import queries, told
-from controller.cli.rundir import RunDirectory, load
+from controller.cli.rundir import RunDirectory, claimed, load, unused
 from controller.cli.session import Session, Stopped, stoppable
 from controller.cli.summary import print_summary
 from controller.core.events import Drill
@@ -106,14 +106,18 @@ def command(ctx: click.Context, /, texts: tuple[str, ...], form: str, **options:
     order = resumed_order(options, given, texts) if options["resume"] else new_order(options, texts)
     order = replace(order, spec=corpus.checked(order.spec, order.directory))
     check_machine(order)
-    plan = make_plan(order.directory, order.database, order.nodes, order.spares, order.port or 0, _otlp())
-    say(f"status {plan.status_url} dir {order.directory}")
-    try:
-        with stoppable():
-            document = execute(order, plan)
-    except Stopped as stopped:
-        say(f"stopped; go on with: assay run --resume {order.directory}")
-        return INTERRUPTED if stopped.number == signal.SIGINT else 128 + stopped.number
+    with claimed(order.directory):
+        if not options["resume"]:
+            unused(order.directory)  # again: until now another run could have taken it
+        check_storage(order)
+        plan = make_plan(order.directory, order.database, order.nodes, order.spares, order.port or 0, _otlp())
+        say(f"status {plan.status_url} dir {order.directory}")
+        try:
+            with stoppable():
+                document = execute(order, plan)
+        except Stopped as stopped:
+            say(f"stopped; go on with: assay run --resume {order.directory}")
+            return INTERRUPTED if stopped.number == signal.SIGINT else 128 + stopped.number
     if form == "json":
         print_json(document)
     else:
@@ -128,8 +132,7 @@ def new_order(options: dict[str, Any], texts: tuple[str, ...]) -> Order:
     checks.preset(options["preset"])
     job = f"job-{secrets.token_hex(4)}"
     directory = (options["directory"] or Path("assay-runs") / job).absolute()
-    if (directory / "run.json").exists():
-        raise UsageError(f"{directory} holds a run already: go on with --resume {directory}, or name another --dir")
+    unused(directory)
     spec = {
         **_BEFORE,
         "schema": SPEC_SCHEMA,
@@ -171,10 +174,14 @@ def resumed_order(options: dict[str, Any], given: set[str], texts: tuple[str, ..
 
 
 def check_machine(order: Order) -> None:
-    """Everything that must hold here, before anything is started. Raises ConditionError."""
+    """What must hold here before the directory is taken. Raises ConditionError."""
     checks.ray()
     checks.port(order.port)
     checks.directory(order.directory)
+
+
+def check_storage(order: Order) -> None:
+    """What must hold of disk, memory and database before anything is started. Raises ConditionError."""
     state = state_bytes(str(order.spec["preset"]), order.spec["vocab_size"])
     checks.room(order.directory, state, order.nodes, order.spares)
     checks.database(order.database)

@@ -1,7 +1,10 @@
 """The run directory as its commands see it: run.json says where the controller and the database are."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from controller.cli.errors import ConditionError, UsageError
 
 SCHEMA = "assay.rundir/1"
 FILE = "run.json"
+#: Locked for as long as an `assay run` lives; the kernel lets go of it however that ends.
+LOCK = ".lock"
 #: The database's URL may hold a password.
 _MODE = 0o600
 
@@ -64,6 +69,29 @@ class RunDirectory:
     def end(self, directory: Path, now: float) -> None:
         """Note that nothing of it runs any more."""
         replace(self, ended_at=now).save(directory)
+
+
+def unused(directory: Path) -> None:
+    """Refuse a directory that holds a run. Raises UsageError."""
+    if (directory / FILE).exists():
+        raise UsageError(f"{directory} holds a run already: go on with --resume {directory}, or name another --dir")
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Hold the directory for one `assay run`, from before anything is started. Raises ConditionError if it is held."""
+    path = directory / LOCK
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
+    except OSError as error:
+        raise ConditionError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConditionError(f"another run is active in {directory}") from None
+    finally:
+        os.close(lock)
 
 
 def load(directory: Path) -> RunDirectory:

@@ -70,6 +70,11 @@ class Drill:
     node: str = ""
     params: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def persistent(self) -> bool:
+        """Whether the fault stays with its device, whatever is restarted."""
+        return self.params.get("persistent", "") == "true"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentHello(Event):

@@ -72,7 +72,7 @@ def start(change: Change, job: Job, plan: tuple[Placement, ...], reason: str, in
     job.generation += 1
     first = change.state.nodes[plan[0].node].standbys[plan[0].standby]
     job.fingerprint = first.fingerprint
-    drills = tuple(drill for drill in job.drills if drill.id not in job.fired)
+    drills = tuple(drill for drill in job.drills if drill.persistent or drill.id not in job.fired)
     for name in dict.fromkeys(place.node for place in plan):
         own = tuple(place for place in plan if place.node == name)
         ranks = " and ".join(f"rank {place.rank}" for place in own)

@@ -19,7 +19,7 @@ from agent.training.token_file import DTYPES, Writer
 from controller.cli import checks
 from controller.cli.main import COMMANDS, call
 from controller.cli.presets import ID_BYTES, LAYERS, SAMPLE_TOKENS, STATE_BYTES, VOCABULARY, state_bytes
-from controller.cli.rundir import load
+from controller.cli.rundir import claimed, load
 from controller.cli.session import Session
 from controller.local.plan import Plan
 
@@ -261,6 +261,17 @@ def test_a_resumed_run_takes_over_what_was_not_said(ended: Path, monkeypatch: py
 def test_a_directory_that_holds_a_run_is_not_overwritten(ended: Path, capsys) -> None:
     assert call(["run", "--dir", str(ended)]) == 2
     _one_line(capsys, "--resume")
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path, ended: Path, capsys) -> None:
+    with claimed(tmp_path):
+        assert call(["run", "--dir", str(tmp_path)]) == 5
+    assert f"another run is active in {tmp_path}" in capsys.readouterr().err
+    with claimed(ended):
+        assert call(["run", "--resume", str(ended), "--steps", "90"]) == 5
+    assert f"another run is active in {ended}" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="something was started"):  # the control: let go of, it can be had
+        call(["run", "--dir", str(tmp_path)])
 
 
 def test_status_after_the_end_lists_no_process(ended: Path, capsys) -> None:

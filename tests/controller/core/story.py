@@ -394,7 +394,8 @@ REASONS = {
 
 
 def drill_of(text: str) -> Drill:
-    """The drill of "KIND@STEP:RANK"; its text is its id."""
-    kind, _, rest = text.partition("@")
+    """The drill of "KIND@STEP:RANK" or "KIND@STEP:RANK+persistent"; its text is its id."""
+    told, _, more = text.partition("+")
+    kind, _, rest = told.partition("@")
     step, _, rank = rest.partition(":")
-    return Drill(text, kind, int(step), int(rank or -1))
+    return Drill(text, kind, int(step), int(rank or -1), params={more: "true"} if more else {})

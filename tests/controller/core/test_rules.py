@@ -351,6 +351,15 @@ def test_wanted_final_steps() -> None:
     assert not wants_final(story.state, "another", 1, 1)
 
 
+def test_a_persistent_fault_stays_through_a_restart_and_a_transient_one_does_not() -> None:
+    story = trained(drills="sdc@30:0+persistent,sdc@30:1")
+    for drill in ("sdc@30:0+persistent", "sdc@30:1"):
+        story.drill_fired(drill)
+    told = story.exit(0, "signal", 31)
+    starts = [action for action in told if isinstance(action, StartGeneration)]
+    assert [[drill.id for drill in action.drills] for action in starts] == [["sdc@30:0+persistent"]] * 2
+
+
 def test_both_drills_of_one_outage_are_found_and_a_later_one_is_not() -> None:
     story = trained(drills="kill@25:0,kill@25:1,kill@39:0")
     story.exit(0, "signal", 25)
