@@ -1,7 +1,9 @@
 """What a checkpoint says of itself: where it comes from, and the digest every tensor had when it was captured."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 SCHEMA = "assay.checkpoint/1"
 NAME = "manifest.json"
@@ -27,7 +29,7 @@ class TensorEntry:
 class Manifest:
     """A whole checkpoint. `digest` (16 hex digits) is of the state as the ranks agreed on it at the gate, `chain` the
     link of its step. Bits are promised for equal preset, vocab_size, seed, world, precision, threads, corpus, pack and
-    fingerprint. Checkpoints from before vocabulary and packing could be chosen have the values that were fixed then.
+    fingerprint.
     """
 
     job: str
@@ -45,23 +47,31 @@ class Manifest:
     fingerprint: str
     created: float
     tensors: tuple[TensorEntry, ...]
-    vocab_size: int = 264
-    pack: str = "stream"
+    vocab_size: int
+    pack: str
 
     def to_json(self) -> str:
-        """The document, readable by people too."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+        """The document, readable by people too, with a check of what it says: like each tensor it needs one."""
+        document = {"schema": SCHEMA, **asdict(self)}
+        return json.dumps({**document, "check": _check(document)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Parse; raises ManifestError."""
+        """Parse; raises ManifestError, also if anything in it is not as it was written."""
         try:
             document = json.loads(text)
+            if (check := document.pop("check", None)) != _check(document):
+                raise ManifestError(f"its check is {check}, its contents give {_check(document)}")
             if document.pop("schema", None) != SCHEMA:
                 raise ManifestError(f"not {SCHEMA}")
             entries = tuple(TensorEntry(**{**e, "shape": tuple(e["shape"])}) for e in document.pop("tensors"))
-            wanted = {field.name for field in fields(cls)} - {"tensors", "vocab_size", "pack"}
-            chosen = {name: document.pop(name) for name in ("vocab_size", "pack") if name in document}
-            return cls(tensors=entries, **chosen, **{name: document[name] for name in wanted})
+            wanted = {field.name for field in fields(cls)} - {"tensors"}
+            return cls(tensors=entries, **{name: document[name] for name in wanted})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"damaged manifest: {error!r}") from error
+
+
+def _check(document: Any) -> str:
+    """32 hex digits over the document's values, whatever its layout."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

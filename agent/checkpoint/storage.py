@@ -97,7 +97,14 @@ class Storage:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield int(self._fence_file.read_text()) if self._fence_file.exists() else 0
+            yield self._highest()
+
+    def _highest(self) -> int:
+        """The highest generation noted; 0 if there is none, or none that can be read: the next one notes its own."""
+        try:
+            return int(self._fence_file.read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
 
 
 def read(path: Path) -> tuple[Manifest, dict[str, NDArray[np.generic]]]:
@@ -122,12 +129,16 @@ def read(path: Path) -> tuple[Manifest, dict[str, NDArray[np.generic]]]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest alone. Raises ShardRefused if it is missing or damaged."""
+    """The manifest alone. Raises ShardRefused if it is missing, damaged, or another checkpoint's."""
+    named = path.name.rpartition("-")[2] if path.name.startswith("step-") else ""
+    step = int(named) if named.isdigit() else 0
     try:
-        return Manifest.from_json((path / NAME).read_text())
+        manifest = Manifest.from_json((path / NAME).read_text())
     except (OSError, UnicodeDecodeError, ManifestError) as error:
-        step = int(path.name.rpartition("-")[2]) if path.name.rpartition("-")[2].isdigit() else 0
         raise ShardRefused(path, step, NAME, "a manifest", str(error)) from error
+    if named.isdigit() and manifest.step != step:
+        raise ShardRefused(path, step, NAME, f"step {manifest.step}", f"the name of step {step}")
+    return manifest
 
 
 def tensor_digest(array: NDArray[np.generic], word: int) -> int:

@@ -34,6 +34,9 @@ def command(kind: str, settings: tuple[str, ...], job: str, step: int, reason: s
     if not run.running:
         raise UnreachableError(f"the run in {directory} has ended: no controller answers")
     with Operator(run.grpc) as operator:
+        committed = operator.read("job", job)["committed_steps"]
+        if step <= committed and not drill.persistent:
+            raise UsageError(f"step {step} is over: {job} has committed {committed} steps")
         ident = operator.inject(job, drill, reason)
     if form == "json":
         print_json({"schema": "assay.drill/1", "id": ident, "job": job, "kind": kind, "step": step})

@@ -48,7 +48,9 @@ def replay_result(change: Change, event: ReplayResult) -> None:
         return  # every rank reports the verdict of its gate; the first one counts
     _keep(job, replace(gate, attempt=attempt, judged=attempt))
     add_votes(change.incident(gate.incident), event.votes)
-    rule(change, job, gate.incident, event)
+    # An undecided step whose redo alarms again is no passing fault.
+    again = event.verdict == UNDECIDED and attempt > 1
+    rule(change, job, gate.incident, replace(event, recurrent=event.recurrent or again))
 
 
 def rule(change: Change, job: Job, key: str, event: ReplayResult) -> None:
@@ -63,7 +65,8 @@ def rule(change: Change, job: Job, key: str, event: ReplayResult) -> None:
         why = f"step {event.step} comes out wrong everywhere: {event.reason}"
         end(change, job, JobStatus.FAILED, why, key)
     elif event.verdict == UNDECIDED:
-        question = f"Which device corrupted rank {event.rank} at step {event.step}? {event.reason}"
+        where = f"rank {event.rank} at step {event.step}" if event.rank >= 0 else f"step {event.step}"
+        question = f"Which device corrupted {where}? {event.reason}"
         change.act(AskHuman, job, "", event.reason, incident=key, question=question)
         if event.recurrent:
             why = f"step {event.step} keeps failing its checks, and there is no other device to compare on"
@@ -80,9 +83,13 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
     text = f"the states after step {event.step} differ: {texts}"
     # The gate and the record both compare digests: the first to report them speaks for both.
     known = [gate for gate in job.gates.values() if gate.step == event.step]
-    if any(change.state.incidents[gate.incident].before_commit is False for gate in known):
+    after = [gate for gate in known if change.state.incidents[gate.incident].before_commit is False]
+    if any(gate.rank >= 0 or event.blamed_rank < 0 for gate in after):
         return
-    gate = _gate(change, job, event.step, event.blamed_rank, text, before_commit=False)
+    if after:  # the record saw it first and could not tell whose state is wrong; the gate's redo can
+        gate = _blame_late(change, job, after[0], event.blamed_rank, text)
+    else:
+        gate = _gate(change, job, event.step, event.blamed_rank, text, before_commit=False)
     _keep(job, replace(gate, attempt=gate.attempt + 1, judged=gate.attempt + 1))
     verdict = ReplayResult(
         time=event.time,
@@ -100,6 +107,17 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
         action_id="",
     )
     rule(change, job, gate.incident, verdict)
+
+
+def _blame_late(change: Change, job: Job, gate: Gate, rank: int, text: str) -> Gate:
+    """The rank that an incident without one is about."""
+    del job.gates[f"{gate.step}/{gate.rank}"]
+    place = job.placed(rank)
+    incident = change.incident(gate.incident)
+    incident.rank = rank
+    incident.node, incident.device = (place.node, place.device) if place else ("", "")
+    change.note(gate.incident, text)
+    return replace(gate, rank=rank)
 
 
 def audit_result(change: Change, event: AuditResult) -> None:

@@ -128,7 +128,8 @@ def _covers(incident: Incident, fired: Fired) -> bool:
         return False
     begun = incident.opened_at if incident.fault_at is None else incident.fault_at
     over = incident.recovered_at if incident.recovered_at is not None else incident.closed_at
-    return begun - CLOCK_SLACK_S <= fired.fired_at and (over is None or fired.fired_at <= over)
+    # Only an outage that is over can tell: while it lasts, the drill may yet turn out to be one of its own.
+    return over is not None and begun - CLOCK_SLACK_S <= fired.fired_at <= over
 
 
 def _same_place(incident: Incident, fired: Fired) -> bool:

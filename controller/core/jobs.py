@@ -13,7 +13,7 @@ from controller.core.actions import (
 )
 from controller.core.change import Change
 from controller.core.events import DrillFired, DrillRequested, JobCancelled, JobSubmitted, Resumed, StepFinal
-from controller.core.incidents import DISTANCE, close_recovered, list_escaped, of_job
+from controller.core.incidents import DISTANCE, close_recovered, list_escaped, of_job, open_incident
 from controller.core.nodes import SPENT, prepare
 from controller.core.placement import first_plan, hopeless, told
 from controller.core.state import ACTIVE, UNDER_WAY, Fired, Job, JobStatus, Resume
@@ -143,12 +143,29 @@ def advance_running(change: Change, job: Job) -> None:
         why = f"all {job.run_steps} steps are committed"
         if job.committed_step < job.run_steps:
             why += ", though the records of some ranks are missing"
+            _note_silence(change, job)
         _progress(job, job.run_steps)
         if job.run_steps >= job.steps:
             end(change, job, JobStatus.COMPLETED, why)
             return
         close_recovered(change, job, job.generation, job.committed_step, change.event.time)
         job.status, job.submitted_at, job.outage = JobStatus.PENDING, change.now, ""
+
+
+def _note_silence(change: Change, job: Job) -> None:
+    """An agent that could not be reached to the end took its node's records along: that is an incident of its node."""
+    for place in job.placements:
+        node = change.state.nodes[place.node]
+        if place.rank in job.exits or node.linked:
+            continue
+        text = f"the agent of {place.node} cannot be reached; what rank {place.rank} reported since then is missing"
+        key = open_incident(
+            change, job, "node", text, rank=place.rank, node=place.node, fault_at=node.lost_at, before_commit=True
+        )
+        incident = change.incident(key)
+        incident.detected_step, incident.resumed_from = job.run_steps, "live"
+        incident.recovered_at = incident.closed_at = change.now
+        change.note(key, "the job completed without it")
 
 
 def _left(change: Change, job: Job) -> bool:

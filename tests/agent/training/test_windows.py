@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kinds import KINDS, through_tokenizer, token_file
 from ranks import SPEC, train
 
-from agent.checkpoint.manifest import Manifest, ManifestError
+from agent.checkpoint.manifest import Manifest
 from agent.checkpoint.storage import ShardRefused, read
 from agent.training import engine as engine_module
 from agent.training.corpus_cache import CorpusError
@@ -168,6 +168,8 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, changes: dict[str
         seed=7,
         corpus=engine.corpus.digest,
         tensors=(),
+        vocab_size=264,
+        pack="stream",
         **dict.fromkeys(names, ""),
         **dict.fromkeys(numbers, 0),
     )
@@ -222,14 +224,3 @@ def test_a_specification_from_before_these_choices_has_the_old_ones(tmp_path: Pa
 def test_a_wrong_choice_is_named(tmp_path: Path, field: str, value: object) -> None:
     with pytest.raises(SpecError, match=field):
         spec(tmp_path, **{field: value})
-
-
-def test_a_manifest_from_before_has_the_vocabulary_of_then() -> None:
-    names = ("job", "preset", "digest", "chain", "precision", "corpus", "fingerprint")
-    numbers = ("generation", "step", "parent_step", "seed", "world", "threads", "created")
-    old = {"schema": "assay.checkpoint/1", "tensors": [], **dict.fromkeys(names, ""), **dict.fromkeys(numbers, 0)}
-    manifest = Manifest.from_json(json.dumps(old))
-    assert (manifest.vocab_size, manifest.pack) == (264, "stream")
-    assert Manifest.from_json(manifest.to_json()) == manifest
-    with pytest.raises(ManifestError, match="seed"):
-        Manifest.from_json(json.dumps({k: v for k, v in old.items() if k != "seed"}))

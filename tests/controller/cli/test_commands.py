@@ -322,6 +322,20 @@ def test_a_drill_into_a_silent_controller_is_3(ended: Path, monkeypatch: pytest.
     _one_line(capsys, "no controller answers")
 
 
+@pytest.mark.parametrize(("step", "code"), [(6, 2), (7, 0)])
+def test_a_drill_in_a_step_that_is_over_is_2(
+    step: int, code: int, ended: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("controller.cli.rundir.RunDirectory.running", True)
+    monkeypatch.setattr("controller.cli.client.Operator.read", lambda self, kind, ident: {"committed_steps": 6})
+    monkeypatch.setattr("controller.cli.client.Operator.inject", lambda self, job, drill, reason: drill.id)
+    assert call(["drill", "kill", "rank=0", "--job", "job-1", "--step", str(step), "--dir", str(ended)]) == code
+    if code:
+        _one_line(capsys, "is over")
+    else:  # the control
+        assert "is armed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("drill", [["flood"], ["kill", "bit=1"], ["kill", "rank=9"], ["sdc", "x=1"]])
 def test_a_wrong_drill_is_2(drill: list[str], ended: Path, capsys) -> None:
     assert call(["drill", *drill, "--job", "job-1", "--step", "3", "--dir", str(ended)]) == 2

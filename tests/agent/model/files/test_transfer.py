@@ -139,7 +139,7 @@ def checkpoint(root: Path, model: V3) -> Path:
     layout.capture(model, state)
     state.exp_avg.fill_(0.5)
     origin = ("job", 1, 6, 0, "", "", "tiny", 7, 1, "fp32", 1, "corpus", "here", 0.0, ())
-    described = Manifest(*origin, vocab_size=model.config.vocab_size)
+    described = Manifest(*origin, vocab_size=model.config.vocab_size, pack="stream")
     capture = Capture(Storage(root, "job"), layout, described, lambda kind, body, urgent: None)
     capture.start(SlotRecord(1, 6, digest(state.words), 0), state)
     capture.finalise(6)
