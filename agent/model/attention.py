@@ -49,18 +49,27 @@ class Attention(nn.Module):
         y: Tensor = self.out(heads_last.reshape(x.shape[0], -1))
         return y
 
+    def queries(self, x: Tensor) -> Tensor:
+        """[tokens, hidden_size] -> all heads, not yet rotated: [tokens, heads * qk_head_dim] (eq. 6-7)."""
+        flat: Tensor = self.q(x) if self.config.q_lora_rank is None else self.q_b(self.q_norm(self.q_a(x)))
+        return flat
+
+    def latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """c^KV [tokens, kv_lora_rank] after its norm, and k^R [tokens, qk_rope_head_dim] not yet rotated (eq. 1, 3)."""
+        latent, rotary = torch.split(self.kv_a(x), [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        return self.kv_norm(latent), rotary
+
     def _query(self, x: Tensor, turns: Tensor) -> Tensor:
         c = self.config
-        flat = self.q(x) if c.q_lora_rank is None else self.q_b(self.q_norm(self.q_a(x)))
-        heads = flat.view(-1, turns.shape[0], c.num_attention_heads, c.qk_head_dim)
-        plain, rotary = heads.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        heads = self.queries(x).view(-1, turns.shape[0], c.num_attention_heads, c.qk_head_dim)
+        plain, rotary = torch.split(heads, [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         return _by_head(torch.cat([plain, rotate(rotary, turns)], dim=-1))
 
     def _key_value(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
-        latent, rotary = self.kv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        latent, rotary = self.latents(x)
         shared = rotate(rotary.view(-1, turns.shape[0], 1, c.qk_rope_head_dim), turns)  # k^R: one head for all, no norm
-        expanded = self.kv_b(self.kv_norm(latent))
+        expanded = self.kv_b(latent)
         heads = expanded.view(-1, turns.shape[0], c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
         plain, value = heads.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         key = torch.cat([plain, shared.expand(-1, -1, c.num_attention_heads, -1)], dim=-1)

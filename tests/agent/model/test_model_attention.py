@@ -64,9 +64,10 @@ def naive_attention(m: Attention, x: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("q_lora_rank", [24, None])
-def test_equals_a_naive_attention(q_lora_rank: int | None) -> None:
-    config = replace(CONFIG, q_lora_rank=q_lora_rank)
+@pytest.mark.parametrize(("q_lora_rank", "odd"), [(24, 0), (None, 0), (24, 1)])
+def test_equals_a_naive_attention(q_lora_rank: int | None, odd: int) -> None:
+    nope, latent = CONFIG.qk_nope_head_dim + odd, CONFIG.kv_lora_rank + odd
+    config = replace(CONFIG, q_lora_rank=q_lora_rank, qk_nope_head_dim=nope, kv_lora_rank=latent)
     attention = filled(config)
     x = torch.randn(BATCH, TIME, config.hidden_size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -22,7 +22,7 @@ def tokens_for(config: V3Config, batch: int = 2, time: int = 16, seed: int = 0) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
 def test_shapes_and_gradients(dtype: torch.dtype, depth: int) -> None:
     config = replace(CONFIG, mtp_depth=depth)
     model = V3(config, compute_dtype=dtype)
@@ -61,8 +61,9 @@ def test_a_model_can_be_laid_out_without_memory() -> None:
 
 
 @pytest.mark.parametrize("after_norm", [True, False])
-def test_mtp_labels_are_shifted_by_their_depth(after_norm: bool) -> None:
-    config = replace(CONFIG, mtp_depth=2, mtp_after_norm=after_norm)
+@pytest.mark.parametrize("depth", [2, 3])
+def test_mtp_labels_are_shifted_by_their_depth(depth: int, after_norm: bool) -> None:
+    config = replace(CONFIG, mtp_depth=depth, mtp_after_norm=after_norm)
     model, tokens, time = V3(config), tokens_for(config), 16
     turns = rotation(config, time)
 
@@ -80,16 +81,18 @@ def test_mtp_labels_are_shifted_by_their_depth(after_norm: bool) -> None:
             found.append(model.head(normed))
         return found
 
-    def by_hand(extra: int) -> float:
-        losses = [
-            F.cross_entropy(logits, tokens[:, k + extra : k + extra + time].reshape(-1))
+    def by_hand(extra: int) -> list[float]:
+        return [
+            float(F.cross_entropy(logits, tokens[:, k + extra : k + extra + time].reshape(-1)))
             for k, logits in enumerate(logits_by_hand(), start=1)
         ]
-        return float(torch.stack(losses).mean())
 
     with torch.no_grad():
-        assert float(model.loss(tokens).mtp) == pytest.approx(by_hand(1), rel=1e-6)
-        assert float(model.loss(tokens).mtp) != pytest.approx(by_hand(0), rel=1e-6)
+        result = model.loss(tokens)
+        assert float(result.mtp) == pytest.approx(sum(by_hand(1)) / depth, rel=1e-6)
+        assert float(result.mtp) != pytest.approx(sum(by_hand(0)) / depth, rel=1e-6)
+        together = float(result.main) + config.mtp_weight / depth * sum(by_hand(1)) + float(result.balance)
+        assert float(result.total) == pytest.approx(together, rel=1e-6)
 
 
 def test_main_loss_is_next_token_cross_entropy() -> None:
