@@ -1,4 +1,4 @@
-"""`python -m agent.model.tool`, which `assay model` runs: weights in and out of files, and how much a model takes."""
+"""`python -m agent.model.tool`, which `assay model` runs: weights in and out of files, their size, text from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from agent.checkpoint.storage import ShardRefused
-from agent.model import huggingface
+from agent.model import generate, huggingface
 from agent.model.config import ConfigError, V3Config
 from agent.model.files.reading import FileError, read_json
 from agent.model.files.transfer import CONFIG, Written, export_folder, import_folder
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _told(f"{options.subject}: {error.brief}", USAGE)
     except ConfigError as error:
         return _told(f"{options.subject}: {error}", USAGE)
-    except (FileError, ShardRefused) as error:
+    except (FileError, ShardRefused, generate.TextError) as error:
         return _told(str(error), USAGE)
     except OSError as error:
         return _told(f"{error.filename or options.subject}: {error.strerror or error}", CONDITION)
@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="assay model", description="Weights in and out of files, and how much a model takes.")
+    parser = _Parser(prog="assay model", description="Weights in and out of files, their size, and text from them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("import", help="make a model file of ours from a Hugging Face folder")
     one.add_argument("subject", metavar="HF_FOLDER", type=Path)
@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--mesh", type=_mesh, default=Mesh(), help="such as dp=128,ep=64,pp=16 (default: one rank)")
     three.add_argument("--mtp", type=_whole, default=None, help="MTP modules (default: 0; a preset's own)")
     three.set_defaults(make=_plan, show=_tables)
-    for command in (one, two, three):
+    four = generate.added(commands)
+    for command in (one, two, three, four):
         command.add_argument("-o", "--output", choices=["table", "json"], default="table")
     return parser
 

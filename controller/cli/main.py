@@ -16,7 +16,7 @@ COMMANDS = {
     "job": ("controller.cli.job", "Show a job or its steps."),
     "incident": ("controller.cli.incident", "List incidents or show one with its timeline."),
     "checkpoint": ("controller.cli.checkpoint", "List checkpoints or verify one."),
-    "model": ("controller.cli.model", "Import or export weights, or plan a model's memory."),
+    "model": ("controller.cli.model", "Import or export weights, plan memory, generate text."),
     "drill": ("controller.cli.drill", "Inject a fault into a running job."),
 }
 

@@ -1,4 +1,4 @@
-"""`assay model`: weights and sizes. All of it needs torch, so another process does it; this one passes words along."""
+"""`assay model`: weights, sizes, text. It takes torch, so another process does it; this one passes words along."""
 
 import subprocess
 import sys
@@ -12,6 +12,6 @@ _PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True}
 @click.command("model", context_settings=_PASS_ALL, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(arguments: tuple[str, ...]) -> int:
-    """Import, export or plan a model."""
+    """Import, export or plan a model, or generate text with it."""
     child = [sys.executable, "-P", "-m", "agent.model.tool", *arguments]
     return subprocess.run(child, check=False).returncode

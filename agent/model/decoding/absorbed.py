@@ -38,7 +38,7 @@ def attend_cached(attention: Attention, x: Tensor, turns: Tensor, rows: Tensor, 
     turned = rotate(torch.cat([rotary, shared.unsqueeze(1)], 1).unsqueeze(0), turns)[0]
     meant = tokens if real is None else real
     rows[start : start + meant] = torch.cat([latent, turned[:, heads]], -1)[:meant]
-    up_key, up_value = _up(attention)
+    up_key, up_value = _up(attention, flat.dtype)
     absorbed = torch.bmm(plain.transpose(0, 1), up_key).transpose(0, 1)  # W^UK^T q: [tokens, heads, kv_lora_rank]
     query = torch.cat([absorbed, turned[:, :heads]], -1) * c.softmax_scale
     size = c.kv_lora_rank
@@ -48,10 +48,10 @@ def attend_cached(attention: Attention, x: Tensor, turns: Tensor, rows: Tensor, 
     return y
 
 
-def _up(attention: Attention) -> tuple[Tensor, Tensor]:
+def _up(attention: Attention, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """W^UK [heads, qk_nope_head_dim, kv_lora_rank] and W^UV [heads, v_head_dim, kv_lora_rank]."""
     c = attention.config
-    weight = attention.kv_b.weight.to(attention.kv_b.compute_dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
+    weight = attention.kv_b.weight.to(dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
     plain, value = torch.split(weight, [c.qk_nope_head_dim, c.v_head_dim], 1)
     return plain, value
 

@@ -12,8 +12,8 @@ from agent.model.config import V3Config
 class LatentCache:
     """Rows [c^KV ; k^R] of one sequence in so many layers (DeepSeek-V3 section 2.1.1: only these need be kept).
 
-    c^KV is held after its norm and k^R rotated, both in the compute dtype. ``length`` positions count; what lies behind
-    them is free. Each layer's rows are an allocation of their own, so that they start on a 64-byte boundary.
+    c^KV is held after its norm and k^R rotated, both in the dtype of activations. ``length`` positions count; what lies
+    behind them is free. Each layer's rows are an allocation of their own, so that they start on a 64-byte boundary.
     """
 
     def __init__(self, config: V3Config, layers: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:

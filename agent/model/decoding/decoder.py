@@ -42,7 +42,7 @@ class Decoder:
         self.model = model
         self.tile = -(-together // TILE) * TILE
         device = model.embedding.device
-        self.cache = LatentCache(config, config.num_hidden_layers, capacity, model.compute_dtype, device)
+        self.cache = LatentCache(config, config.num_hidden_layers, capacity, model.head.compute_dtype, device)
         self.turns = rotation(config, capacity, device)
 
     @property

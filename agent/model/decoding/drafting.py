@@ -26,7 +26,7 @@ class _Link:
     def __init__(self, model: V3, k: int, module: MTPModule, capacity: int) -> None:
         self.model, self.k, self.module = model, k, module
         device = model.embedding.device
-        self.cache = LatentCache(model.config, 1, capacity, model.compute_dtype, device)
+        self.cache = LatentCache(model.config, 1, capacity, model.head.compute_dtype, device)
         self.held = torch.empty(0, model.config.hidden_size, device=device)
 
     def advance(self, first: int, fresh: Tensor, tokens: Sequence[int], turns: Tensor) -> tuple[int, Tensor, Tensor]:

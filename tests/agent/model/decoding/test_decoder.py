@@ -9,20 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from agent.model import PRESETS, V3, V3Config, Yarn
+from agent.model import PRESETS, V3, V3Config, Yarn, huggingface
 from agent.model.decoding import Decoder, LatentCache, cache_bytes
 from agent.model.decoding import decoder as decoder_module
 
-#: The published model's attention (section 4.2), in a body that is small.
-PUBLISHED = replace(
-    PRESETS["tiny"].config,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    kv_lora_rank=512,
-)
+PUBLISHED = huggingface.config(huggingface.DEEPSEEK_V3)
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:

@@ -12,21 +12,15 @@ import torch
 from hf_reference import YARN, base, difference, published, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_disk import checkpoint, saved
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM
 
-from agent.checkpoint.capture import Capture
-from agent.checkpoint.manifest import Manifest
-from agent.checkpoint.storage import Storage
 from agent.model import PRESETS, V3, huggingface, tool
 from agent.model.files import writing
-from agent.model.files.own import save
 from agent.model.files.reading import INDEX, open_folder
 from agent.model.files.transfer import read_model
-from agent.slots import SlotRecord
-from agent.training.layout import StateLayout
-from diagnostics.sensors.digest import digest
 
 D = base(attention_bias=True, rope_scaling=YARN)
 
@@ -41,11 +35,6 @@ def made(mtp: int = 1) -> V3:
     for router in model.routers():
         router.router_bias.normal_(generator=torch.Generator().manual_seed(4))
     return model
-
-
-def saved(path: Path, model: V3) -> Path:
-    save(path, model.config, model.state_dict().__getitem__)
-    return path
 
 
 def exported(tmp_path: Path, model: V3, *options: str) -> Path:
@@ -130,21 +119,6 @@ def test_quantised_blocks_are_made_whole(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**D, "quantization_config": quantisation}))
     assert call("import", folder, tmp_path / "out") == 0
     assert bool((read_model(tmp_path / "out").layers[0].attention.kv_b.weight == 1.5).all())
-
-
-def checkpoint(root: Path, model: V3) -> Path:
-    """As a rank of a run writes it."""
-    layout = StateLayout(model)
-    state = layout.view(memoryview(bytearray(layout.nbytes)))
-    layout.capture(model, state)
-    state.exp_avg.fill_(0.5)
-    origin = ("job", 1, 6, 0, "", "", "tiny", 7, 1, "fp32", 1, "corpus", "here", 0.0, ())
-    described = Manifest(*origin, vocab_size=model.config.vocab_size, pack="stream")
-    capture = Capture(Storage(root, "job"), layout, described, lambda kind, body, urgent: None)
-    capture.start(SlotRecord(1, 6, digest(state.words), 0), state)
-    capture.finalise(6)
-    capture.close()
-    return root / "job" / "step-00000006"
 
 
 @pytest.mark.parametrize("vocabulary", [264, 320])
