@@ -16,6 +16,7 @@ import torch
 from agent.checkpoint.storage import ShardRefused
 from agent.model import generate, huggingface
 from agent.model.config import ConfigError, V3Config
+from agent.model.decoding import cache_bytes
 from agent.model.files.reading import FileError, read_json
 from agent.model.files.transfer import CONFIG, Written, export_folder, import_folder
 from agent.model.memory import PRECISIONS, Count, Mesh, count, parameters, shares
@@ -104,6 +105,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.subject,
         "parameters": {"total": size.total, "active_per_token": size.active, "mtp": size.mtp},
         "counted": _counted(config, size),
+        "cache_bytes_per_token": cache_bytes(config)._asdict(),
         "mesh": {**asdict(mesh), "ranks": mesh.ranks},
         "per_rank": {
             name: [{**asdict(share), "total": share.total} for share in shares(config, shapes, mesh, kind)]
@@ -155,7 +157,9 @@ def _tables(document: Mapping[str, Any]) -> str:
     lines = [f"{document['model']}, {_axes(mesh)}, ranks: {mesh['ranks']}", ""]
     for name, value in document["parameters"].items():
         lines.append(f"{name:17}{_short(value):>10}{value:>18,}   {counted[name]}")
+    cached = document["cache_bytes_per_token"]
     lines += [
+        f"cache of a token  {cached['mla']:,} bytes in bf16; as 8 groups {cached['gqa']:,}, as heads {cached['mha']:,}",
         "",
         f"{unit} of one rank of each stage: {counted['per_rank']}",
         _row("precision", "stage", "parameters", *_KINDS),

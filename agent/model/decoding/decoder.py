@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.model.block import Block
+from agent.model.config import V3Config
 from agent.model.decoding.cache import LatentCache
 from agent.model.decoding.layers import block_cached
 from agent.model.rope import rotation
@@ -19,6 +20,22 @@ from agent.model.v3 import V3
 #: 8 and 16 rows a row's bits do not depend on its place or on the other rows; with 2 or 3 they may, and one row alone
 #: never has the same.
 TILE = 4
+#: All of these must be multiples of _STEP for tokens to share a tile. Rows of other widths begin anywhere in a vector,
+#: where MKL takes other kernels, and torch's loops over 32 elements (two vectors of 64 bytes) end in single ones, for
+#: which it has another exp. Measured: with odd widths 49 of 150 random models had bits that depend on a token's place,
+#: with multiples of 8 none of 80, on one thread and on two. The published models and our presets have such widths.
+_WIDTHS = (
+    "hidden_size",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+)
+_STEP = 8
 
 
 class Extended(NamedTuple):
@@ -33,7 +50,8 @@ class Decoder:
 
     ``extend`` computes in tiles of always ``tile`` rows, filled up if there are fewer tokens, and lets each token
     attend by itself: so a token's logits and cached rows have the same bits whether it comes alone or with others,
-    provided that the machine's matrix products treat all rows of one shape alike. :meth:`rows_agree` finds out.
+    provided that the machine's matrix products treat all rows of one shape alike. :meth:`rows_agree` finds out. Where
+    they cannot (see ``_WIDTHS``) each token has a tile of its own, and ``extend`` takes a forward for each.
     """
 
     def __init__(self, model: V3, capacity: int, together: int = 1) -> None:
@@ -41,6 +59,8 @@ class Decoder:
         config = model.config
         self.model = model
         self.tile = -(-together // TILE) * TILE
+        self.sharing = self.tile if _alike(config) else 1
+        self.forwards = 0  # so far, the prompt's included
         device = model.embedding.device
         self.cache = LatentCache(config, config.num_hidden_layers, capacity, model.head.compute_dtype, device)
         self.turns = rotation(config, capacity, device)
@@ -72,7 +92,7 @@ class Decoder:
         """
         self._check(tokens)
         with torch.inference_mode():
-            parts = [self._forward(part, len(part)) for part in torch.split(tokens, self.tile)]
+            parts = [self._forward(part, len(part)) for part in torch.split(tokens, self.sharing)]
             return Extended(torch.cat([p.logits for p in parts]), torch.cat([p.hidden for p in parts]))
 
     def rows_agree(self, tokens: Tensor) -> bool:
@@ -100,6 +120,7 @@ class Decoder:
         for block, rows in zip(cast(Iterable[Block], model.layers), self.cache.rows, strict=True):
             x = block_cached(block, x, turns, rows, start, real)
         self.cache.length += count
+        self.forwards += 1
         normed = model.norm(x)
         logits = model.head(normed[-1:] if real is None else normed).float()
         hidden = normed if model.config.mtp_after_norm else x
@@ -113,3 +134,7 @@ class Decoder:
             raise ValueError(f"tokens: ids {low}..{high} outside the vocabulary 0..{self.model.config.vocab_size - 1}")
         if len(tokens) > self.cache.capacity - self.length:
             raise ValueError(f"tokens: {len(tokens)} more than {self.length} do not fit into {self.cache.capacity}")
+
+
+def _alike(config: V3Config) -> bool:
+    return all((getattr(config, name) or 0) % _STEP == 0 for name in _WIDTHS)  # q_lora_rank may be None

@@ -60,7 +60,7 @@ def generate(model: V3, prompt: Sequence[int], count: int, choice: Choice, *, dr
     device = model.embedding.device
     state = decoder.prefill(torch.tensor(prompt, dtype=torch.int64, device=device))
     known = [*prompt, *choice.settle([], state.logits)]
-    forwards, drafted, accepted = 1, 0, 0
+    drafted, accepted = 0, 0
     while len(known) < len(prompt) + count:
         drafts = drafter.draft(known, state.hidden, choice.draft) if drafter else []
         state = decoder.extend(torch.tensor([known[-1], *drafts], device=device))
@@ -68,5 +68,6 @@ def generate(model: V3, prompt: Sequence[int], count: int, choice: Choice, *, dr
         known += settled
         decoder.truncate(len(known) - 1)
         state = state._replace(hidden=state.hidden[: len(settled)])
-        forwards, drafted, accepted = forwards + 1, drafted + len(drafts), accepted + len(settled) - 1
-    return Generation(known[len(prompt) :][:count], forwards, drafted, accepted, time.perf_counter() - begin)
+        drafted, accepted = drafted + len(drafts), accepted + len(settled) - 1
+    tokens, seconds = known[len(prompt) :][:count], time.perf_counter() - begin
+    return Generation(tokens, decoder.forwards, drafted, accepted, seconds)

@@ -22,6 +22,7 @@ def planned(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, ob
 def test_the_published_model_has_671_and_37_billion(capsys: pytest.CaptureFixture[str]) -> None:
     document = planned("671b", "--mesh", "dp=128,ep=64,pp=16", capsys=capsys)
     assert document["parameters"] == {"total": 671_026_404_352, "active_per_token": 36_625_610_752, "mtp": 0}
+    assert document["cache_bytes_per_token"] == {"mla": 70_272, "gqa": 249_856, "mha": 3_997_696}
     assert document["mesh"] == {"dp": 128, "ep": 64, "pp": 16, "ranks": 2048}
 
 

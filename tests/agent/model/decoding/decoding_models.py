@@ -31,6 +31,7 @@ def drawn(seed: int, depth: int = 0) -> V3Config:
         n_group=groups,
         topk_group=kept,
         norm_topk_prob=r.random() < 0.5,
+        attention_bias=r.random() < 0.5,
         mtp_depth=depth,
         mtp_after_norm=r.random() < 0.5,
         yarn=Yarn(factor=r.choice([1.5, 40.0]), original_max_position_embeddings=32) if r.random() < 0.5 else None,

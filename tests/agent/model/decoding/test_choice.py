@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding_models import drawn, filled
+from decoding_models import filled
 from torch import Tensor
 
-from agent.model import V3
+from agent.model import PRESETS, V3
 from agent.model.decoding import Greedy, Sampling, generate
 
 
@@ -73,8 +73,23 @@ def test_shortcuts_change_the_distribution(control: type[Sampling]) -> None:
 
 
 def text_model() -> tuple[V3, list[int]]:
-    shape = replace(drawn(4, depth=2), vocab_size=3, num_hidden_layers=1, hidden_size=16)
-    return filled(shape, 6), [0, 2, 1]
+    """Three tokens, of which none is rare after any other, and two modules that think otherwise."""
+    shape = replace(
+        PRESETS["tiny"].config,
+        vocab_size=3,
+        hidden_size=16,
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        num_attention_heads=2,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        moe_intermediate_size=16,
+        mtp_depth=2,
+    )
+    return filled(shape, 3), [0, 2, 1]
 
 
 def text_probabilities(model: V3, prompt: list[int], texts: list[tuple[int, ...]], temperature: float) -> Tensor:

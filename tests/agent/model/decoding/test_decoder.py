@@ -90,6 +90,18 @@ def test_a_token_has_the_same_bits_alone_and_with_others(name: str, together: in
         assert decoder.length == 21
 
 
+def test_whatever_the_widths_a_token_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def agree(seed: int) -> bool:
+        config = drawn(seed)
+        decoder = Decoder(filled(config, seed), 20, 4)
+        decoder.prefill(ids(config, 9, seed))
+        return decoder.rows_agree(ids(config, 4, seed + 1))
+
+    assert all(agree(seed) for seed in range(30))
+    monkeypatch.setattr(decoder_module, "_WIDTHS", ())
+    assert not all(agree(seed) for seed in range(30))
+
+
 def test_without_tiles_of_one_shape_the_bits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "extend", lambda self, tokens: self._forward(tokens, None))
     decoder = Decoder(filled(PRESETS["tiny"].config), 60)
