@@ -61,14 +61,16 @@ class Manifest:
         try:
             document = json.loads(text)
             if (check := document.pop("check", None)) != _check(document):
-                raise ManifestError(f"its check is {check}, its contents give {_check(document)}")
+                raise ManifestError(f"the check {check} over contents that give {_check(document)}")
             if document.pop("schema", None) != SCHEMA:
-                raise ManifestError(f"not {SCHEMA}")
+                raise ManifestError(f"another schema than {SCHEMA}")
             entries = tuple(TensorEntry(**{**e, "shape": tuple(e["shape"])}) for e in document.pop("tensors"))
             wanted = {field.name for field in fields(cls)} - {"tensors"}
             return cls(tensors=entries, **{name: document[name] for name in wanted})
+        except ManifestError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ManifestError(f"damaged manifest: {error!r}") from error
+            raise ManifestError(f"damage: {error!r}") from error
 
 
 def _check(document: Any) -> str:

@@ -135,7 +135,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.from_json((path / NAME).read_text())
     except (OSError, UnicodeDecodeError, ManifestError) as error:
-        raise ShardRefused(path, step, NAME, "a manifest", str(error)) from error
+        raise ShardRefused(path, step, NAME, "what was written", str(error)) from error
     if named.isdigit() and manifest.step != step:
         raise ShardRefused(path, step, NAME, f"step {manifest.step}", f"the name of step {step}")
     return manifest
