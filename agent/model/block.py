@@ -11,6 +11,7 @@ from agent.model.ffn import FeedForward
 from agent.model.moe import MoE, RouterLoad
 from agent.model.norm import RMSNorm
 from agent.model.packing import Packed
+from agent.model.parallel.transport import ExpertParallel
 
 
 class Block(nn.Module):
@@ -19,7 +20,9 @@ class Block(nn.Module):
     Either ``ffn`` or ``moe`` exists, so that operation names tell which kind of layer they belong to.
     """
 
-    def __init__(self, config: V3Config, *, dense: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: V3Config, *, dense: bool, dtype: torch.dtype, parallel: ExpertParallel | None = None
+    ) -> None:
         super().__init__()
         self.dense = dense
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -28,7 +31,7 @@ class Block(nn.Module):
         if dense:
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size, dtype)
         else:
-            self.moe = MoE(config, dtype)
+            self.moe = MoE(config, dtype, parallel)
 
     def forward(self, x: Tensor, turns: Tensor, packed: Packed | None = None) -> tuple[Tensor, RouterLoad | None]:
         """fp32 [batch * time, hidden_size] -> the same, and the router's load if there is a router."""

@@ -6,13 +6,14 @@ limited to M groups of experts, one group per node, it crosses at most M times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from agent.model.config import V3Config
-from agent.model.huggingface.blocks import BLOCK
+from agent.model.fp8.recipe import BLOCK
 from agent.model.router import chosen_experts
 
 
@@ -26,7 +27,10 @@ class NodeLimitExceeded(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """Copies that leave their node in one dispatch of one layer. The way home crosses as often."""
+    """Copies that leave their node in one dispatch of one layer, or the sum of several. The way home crosses as often.
+
+    Invariant: copies <= unmerged.
+    """
 
     tokens: int
     copies: int  # one for each (token, other node with one of its experts)
@@ -41,6 +45,23 @@ class Comparison:
 
     limited: Crossing
     unlimited: Crossing
+
+
+def summed(comparisons: Sequence[Comparison]) -> Comparison | None:
+    """The sum of several layers or steps, ``widest`` the largest of them; None when there are none."""
+    if not comparisons:
+        return None
+    return Comparison(_sum([one.limited for one in comparisons]), _sum([one.unlimited for one in comparisons]))
+
+
+def _sum(crossings: Sequence[Crossing]) -> Crossing:
+    return Crossing(
+        tokens=sum(one.tokens for one in crossings),
+        copies=sum(one.copies for one in crossings),
+        unmerged=sum(one.unmerged for one in crossings),
+        nbytes=sum(one.nbytes for one in crossings),
+        widest=max(one.widest for one in crossings),
+    )
 
 
 def assert_node_limited(experts: Tensor, config: V3Config) -> None:

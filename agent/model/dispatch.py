@@ -27,9 +27,14 @@ class Plan(NamedTuple):
     sizes: list[int]  # rows of the buffer per expert, padding included; 0 for an expert without tokens
 
 
+def slice_rows(dtype: torch.dtype) -> int:
+    """An expert's rows are padded to multiples of this."""
+    return _ROWS.get(dtype, 1)
+
+
 def plan(experts: Tensor, counts: Tensor, dtype: torch.dtype) -> Plan:
     """Lay the copies out for ``experts`` [tokens, K] with ``counts`` [N] per expert; bf16 and FP8 slices are padded."""
-    multiple = _ROWS.get(dtype, 1)
+    multiple = slice_rows(dtype)
     padded = (counts + multiple - 1) // multiple * multiple
     shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
     flat = experts.flatten()

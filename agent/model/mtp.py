@@ -12,6 +12,7 @@ from agent.model.linear import Linear
 from agent.model.moe import RouterLoad
 from agent.model.norm import RMSNorm
 from agent.model.packing import Packed
+from agent.model.parallel.transport import ExpertParallel
 
 
 class MTPModule(nn.Module):
@@ -21,13 +22,13 @@ class MTPModule(nn.Module):
     the published weights do (the paper's eq. 21 writes it second).
     """
 
-    def __init__(self, config: V3Config, dtype: torch.dtype) -> None:
+    def __init__(self, config: V3Config, dtype: torch.dtype, parallel: ExpertParallel | None = None) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm = RMSNorm(size, eps, dtype)
         self.hidden_norm = RMSNorm(size, eps, dtype)
         self.projection = Linear(2 * size, size, activation_dtype(dtype))  # M_k; not FP8: no block's linear
-        self.block = Block(config, dense=False, dtype=dtype)  # TRM_k
+        self.block = Block(config, dense=False, dtype=dtype, parallel=parallel)  # TRM_k
         self.norm = RMSNorm(size, eps, torch.float32)
 
     def forward(

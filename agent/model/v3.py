@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from agent.model.block import Block
 from agent.model.config import V3Config
+from agent.model.crossing import Comparison, summed
 from agent.model.fp8 import activation_dtype
 from agent.model.linear import Linear
 from agent.model.moe import MoE, RouterLoad
 from agent.model.mtp import MTPModule
 from agent.model.norm import RMSNorm
 from agent.model.packing import Packed, Spans
+from agent.model.parallel.transport import ExpertParallel
 from agent.model.rope import rotation
 from agent.model.router import Router
 
@@ -31,13 +33,14 @@ class V3Output(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """The loss of one micro-batch; all but ``counts`` are fp32 scalars. total = main + mtp_weight * mtp + balance."""
+    """The loss of one micro-batch; its first four are fp32 scalars. total = main + mtp_weight * mtp + balance."""
 
     total: Tensor  # the only one that carries gradient
     main: Tensor  # next-token cross entropy, nats per token
     mtp: Tensor  # mean over the D modules of their cross entropies, unweighted; 0 when D = 0
     balance: Tensor  # sum over MoE layers of the sequence-wise balance loss, alpha included
     counts: Tensor  # int64 [num_moe_layers, n_routed_experts], MTP modules last
+    crossing: Comparison | None = None  # sum over MoE layers of what crosses between nodes; None: all experts are here
 
 
 class V3(nn.Module):
@@ -48,23 +51,36 @@ class V3(nn.Module):
     blocks and experts multiply in FP8 (section 3.3); head, attention core and what flows between are as in bf16.
     Nothing keeps a parameter's storage between calls, so a caller may swap ``param.data`` and preset ``param.grad``; a
     forward changes no state but FP8's statistics, which no result depends on.
+
+    With ``parallel`` this rank holds its share of each layer's routed experts, under the names and with the initial
+    values that they have in the whole model, and all else whole; every rank of the group makes the same calls.
+
+    Raises:
+        ConfigError: the experts do not divide among the ranks.
     """
 
-    def __init__(self, config: V3Config, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: V3Config,
+        compute_dtype: torch.dtype = torch.float32,
+        parallel: ExpertParallel | None = None,
+    ) -> None:
         super().__init__()
         if compute_dtype not in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
             known = "torch.float32, torch.bfloat16 or torch.float8_e4m3fn"
             raise ValueError(f"compute_dtype: {known}, not {compute_dtype}")
+        if parallel is not None:
+            parallel.experts(config)
         self.config = config
         self.compute_dtype = compute_dtype
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=torch.float32))
         self.layers = nn.ModuleList(
-            Block(config, dense=i < config.first_k_dense_replace, dtype=compute_dtype)
+            Block(config, dense=i < config.first_k_dense_replace, dtype=compute_dtype, parallel=parallel)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, torch.float32)
         self.head = Linear(config.hidden_size, config.vocab_size, activation_dtype(compute_dtype))
-        self.mtp = nn.ModuleList(MTPModule(config, compute_dtype) for _ in range(config.mtp_depth))
+        self.mtp = nn.ModuleList(MTPModule(config, compute_dtype, parallel) for _ in range(config.mtp_depth))
         self.initialise(0)
 
     def initialise(self, seed: int) -> None:
@@ -132,7 +148,8 @@ class V3(nn.Module):
         mtp = torch.stack(ahead).mean() if ahead else zero
         balance = torch.stack([load.balance for load in loads]).sum() if loads else zero
         total = main + self.config.mtp_weight * mtp + balance
-        return LossOutput(total, main.detach(), mtp.detach(), balance.detach(), self._counts(loads))
+        crossing = summed([load.crossing for load in loads if load.crossing is not None])
+        return LossOutput(total, main.detach(), mtp.detach(), balance.detach(), self._counts(loads), crossing)
 
     def _trunk(self, tokens: Tensor, packed: Packed | None = None) -> tuple[Tensor, list[RouterLoad]]:
         """The blocks' output before the final norm, fp32 [batch * time, hidden_size], and the routers' loads."""
