@@ -73,6 +73,7 @@ class V3(nn.Module):
             parallel.experts(config)
         self.config = config
         self.compute_dtype = compute_dtype
+        self.parallel = parallel
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=torch.float32))
         self.layers = nn.ModuleList(
             Block(config, dense=i < config.first_k_dense_replace, dtype=compute_dtype, parallel=parallel)

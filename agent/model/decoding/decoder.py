@@ -55,7 +55,13 @@ class Decoder:
     """
 
     def __init__(self, model: V3, capacity: int, together: int = 1) -> None:
-        """Make room for ``capacity`` tokens, up to ``together`` of which share a tile."""
+        """Make room for ``capacity`` tokens, up to ``together`` of which share a tile.
+
+        Raises:
+            ValueError: the model holds a share of its experts only.
+        """
+        if model.parallel is not None and model.parallel.ep > 1:
+            raise ValueError(f"model: holds experts of one of {model.parallel.ep} ranks; decode with a whole model")
         config = model.config
         self.model = model
         self.tile = -(-together // TILE) * TILE

@@ -23,7 +23,10 @@ def packed(x: Tensor) -> Tensor:
     A block with a NaN, an infinity or 2^100 is NaN throughout, as in every other quantised tensor.
     """
     n, hidden = x.shape
-    blocks = F.pad(x.float(), (0, -hidden % BLOCK)).view(n, -1, BLOCK)
+    count = -(-hidden // BLOCK)
+    if n == 0:
+        return x.new_empty(0, hidden + 4 * count, dtype=torch.uint8)
+    blocks = F.pad(x.float(), (0, -hidden % BLOCK)).view(n, count, BLOCK)
     scales = _RECIPE.scales(blocks.abs().amax(2))
     codes = (blocks / scales.unsqueeze(2)).to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.cat([codes.flatten(1)[:, :hidden], scales.view(torch.uint8)], 1)
@@ -32,5 +35,5 @@ def packed(x: Tensor) -> Tensor:
 def unpacked(sent: Tensor, hidden: int) -> Tensor:
     """The values that `packed` rows stand for: bf16 [n, hidden], exact under power-of-two scales."""
     codes = sent[:, :hidden].contiguous().view(torch.float8_e4m3fn)
-    scales = sent[:, hidden:].contiguous().view(torch.float32)
-    return Blocks(codes, scales).dequantised().to(torch.bfloat16)
+    scales = sent[:, hidden:].clone(memory_format=torch.contiguous_format)  # where a float may begin
+    return Blocks(codes, scales.view(torch.float32)).dequantised().to(torch.bfloat16)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,88 +14,110 @@ from agent.model import V3, V3Config
 from agent.model.parallel import ExpertParallel
 
 T = TypeVar("T")
-#: A rank that makes one call fewer than the others would leave them waiting; far longer than any case takes.
+#: A rank that makes one call fewer than the others leaves them waiting; far longer than any case takes.
 _PATIENCE_S = 20.0
 
 
-@dataclass
-class Exchange:
-    """One call, as a rank made it."""
+class Exchange(NamedTuple):
+    """One call, as a rank made it; equal on all ranks of a group."""
 
     hop: str
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    width: tuple[int, ...]  # of a row
 
 
-@dataclass
 class Switch:
     """Where the ranks of one hop meet."""
 
-    world: int
-    barrier: threading.Barrier = field(init=False)
-    rows: list[tuple[Tensor, ...]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.world, timeout=_PATIENCE_S)
-        self.rows = [()] * self.world
+    def __init__(self, world: int) -> None:
+        self.barrier = threading.Barrier(world, timeout=_PATIENCE_S)
+        self.rows: list[tuple[Tensor, ...]] = [()] * world
 
 
 class Lockstep:
-    """`Transport` of one rank at a switch. ``misrouted`` swaps what goes to the first two ranks: a negative control."""
+    """`Transport` of one rank at a switch. ``calls``, ``sent`` and ``received`` keep what it did."""
 
-    def __init__(self, name: str, switch: Switch, index: int, log: list[Exchange], misrouted: bool = False) -> None:
-        self.name, self.switch, self.index, self.log, self.misrouted = name, switch, index, log, misrouted
-        self.world = switch.world
+    def __init__(self, name: str, switch: Switch, index: int, rank: Rank) -> None:
+        self.name, self.switch, self.index, self.rank = name, switch, index, rank
+        self.world = len(switch.rows)
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         assert rows.is_contiguous()
         assert rows.shape[0] == sum(send)
         assert len(send) == len(receive) == self.world
-        self.log.append(Exchange(self.name, rows.dtype, tuple(rows.shape[1:])))
-        parts = list(torch.split(rows.clone(), list(send)))
-        if self.misrouted and rows.dim() > 1 and parts[0].shape == parts[1].shape:
-            parts[0], parts[1] = parts[1], parts[0]
-        self.switch.rows[self.index] = tuple(parts)
+        self.switch.rows[self.index] = torch.split(rows.clone(), list(send))
         self.switch.barrier.wait()
         taken = [self.switch.rows[source][self.index] for source in range(self.world)]
         self.switch.barrier.wait()
         assert [part.shape[0] for part in taken] == list(receive)
-        return torch.cat(taken)
+        self.rank.calls.append(Exchange(self.name, rows.dtype, tuple(rows.shape[1:])))
+        self.rank.sent.append((self.name, rows, [n for d, n in enumerate(send) if d != self.index]))
+        self.rank.received.append(torch.cat(taken))
+        return self.rank.received[-1]
+
+
+class Rank:
+    """What one rank did."""
+
+    def __init__(self) -> None:
+        self.calls: list[Exchange] = []
+        self.sent: list[tuple[str, Tensor, list[int]]] = []  # hop, rows, and how many went to each other rank
+        self.received: list[Tensor] = []
 
 
 class Ranks:
-    """An expert group of threads."""
+    """An expert group of threads. ``order`` gives who claims to be which rank; any but 0, 1, ... is a fault."""
 
-    def __init__(self, ep: int, local: int, misrouted: bool = False) -> None:
-        self.ep = ep
-        self.logs: list[list[Exchange]] = [[] for _ in range(ep)]
-        nodes = ep // local
-        across, within = [Switch(nodes) for _ in range(local)], [Switch(local) for _ in range(nodes)]
-        self.members = [
+    def __init__(self, ep: int, local: int, order: Sequence[int] | None = None) -> None:
+        self.ep, self.local = ep, local
+        self.ranks = [Rank() for _ in range(ep)]
+        self.members = self.group("", order)
+
+    def group(self, prefix: str, order: Sequence[int] | None = None) -> list[ExpertParallel]:
+        """Each rank's place in a set of hops of their own, whose names begin with ``prefix``."""
+        nodes = self.ep // self.local
+        across, within = [Switch(nodes) for _ in range(self.local)], [Switch(self.local) for _ in range(nodes)]
+        return [
             ExpertParallel(
-                rank,
-                Lockstep("across", across[rank % local], rank // local, self.logs[rank], misrouted),
-                Lockstep("within", within[rank // local], rank % local, self.logs[rank], misrouted),
+                rank if order is None else order[rank],
+                Lockstep(f"{prefix}across", across[rank % self.local], rank // self.local, self.ranks[rank]),
+                Lockstep(f"{prefix}within", within[rank // self.local], rank % self.local, self.ranks[rank]),
             )
-            for rank in range(ep)
+            for rank in range(self.ep)
         ]
 
-    def run(self, work: Callable[[ExpertParallel], T]) -> list[T]:
+    def run(self, work: Callable[[int], T]) -> list[T]:
         """What ``work`` gives on each rank."""
-        with ThreadPoolExecutor(self.ep) as pool:
-            return list(pool.map(work, self.members))
+        with ThreadPoolExecutor(self.ep, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, range(self.ep)))
+
+    def agree(self) -> None:
+        """Every rank made the same calls in the same order."""
+        for rank in self.ranks[1:]:
+            assert rank.calls == self.ranks[0].calls
 
 
-def loss_and_gradients(model: V3, tokens: Tensor) -> dict[str, Any]:
+class Recorded:
+    """A `Transport` that gives back what was received in a run before."""
+
+    def __init__(self, world: int, received: list[Tensor]) -> None:
+        self.world, self.received = world, received
+
+    def exchange(self, _rows: Tensor, _send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        rows = self.received.pop(0)
+        assert rows.shape[0] == sum(receive)
+        return rows
+
+
+def loss_and_gradients(model: V3, tokens: Tensor, documents: Tensor | None = None) -> dict[str, Any]:
     """One backward; an expert that was not called has no gradient."""
     # FP8's gradients need a scaled loss, as the engine has it; a power of two, taken out again.
     scale = 2.0**10 if model.compute_dtype == torch.float8_e4m3fn else 1.0
-    result = model.loss(tokens)
+    result = model.loss(tokens, documents)
     (result.total * scale).backward()  # type: ignore[no-untyped-call]
-    gradients = {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
     return {
         "loss": float(result.total.detach()),
-        "gradients": gradients,
+        "gradients": {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None},
         "counts": result.counts,
         "crossing": result.crossing,
     }
@@ -117,16 +138,16 @@ def together(found: Sequence[dict[str, Any]]) -> tuple[float, dict[str, Tensor],
 
 
 def deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The worst relative L2 difference of any gradient; one that only one side has is measured against zero."""
+    """The worst relative L2 difference of any tensor; one that only one side has is measured against zero."""
     worst = 0.0
     for name in found.keys() | wanted.keys():
-        one = found.get(name, torch.zeros(()))
-        other = wanted.get(name, torch.zeros(()))
+        one, other = found.get(name, torch.zeros(())), wanted.get(name, torch.zeros(()))
         norm = max(float(one.norm()), float(other.norm()))
         worst = max(worst, float((one - other).norm()) / norm if norm else 0.0)
     return worst
 
 
 def batch(config: V3Config, sequences: int, time: int, seed: int) -> Tensor:
+    """Random samples."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.vocab_size, (sequences, time + 1 + config.mtp_depth), generator=generator)
