@@ -56,8 +56,10 @@ def load(model: V3, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         WeightsError: names every missing and extra key and every value of a wrong dtype or shape. The model is then as
             it was.
-        ValueError: the model lies on the meta device.
+        ValueError: the model lies on the meta device, or holds a share of its experts only.
     """
+    if model.parallel is not None and model.parallel.ep > 1:
+        raise ValueError(f"model: holds experts of one of {model.parallel.ep} ranks; load into a whole model")
     own = _own(model)
     if any(tensor.is_meta for tensor in own.values()):
         raise ValueError("model: it lies on the meta device and has nothing to load into; make it on another device")

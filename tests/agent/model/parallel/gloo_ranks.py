@@ -73,7 +73,19 @@ def _rank(rank: int, cases: list[Case], folder: Path) -> None:
         found = loss_and_gradients(model, case.tokens().chunk(WORLD)[rank])
         torch.save(found, folder / f"{case.name}-{rank}.pt")
     torch.save(raw_exchanges(rank), folder / f"raw-{rank}.pt")
+    (folder / f"lost-{rank}").write_text(lost_peer(rank))
     dist.destroy_process_group()
+
+
+def lost_peer(rank: int) -> str:
+    """What the others' exchange raises when the last rank leaves instead of taking part; nothing if it does not."""
+    if rank == WORLD - 1:
+        return ""
+    try:
+        ProcessGroup(dist.group.WORLD).exchange(torch.zeros(WORLD, 3), [1] * WORLD, [1] * WORLD)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def raw_exchanges(rank: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, and what every parity test compares: one rank with everything."""
+"""Ranks as threads of one process that take turns, and what every parity test compares: one rank with everything."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Switch:
 class Lockstep:
     """`Transport` of one rank at a switch. ``calls``, ``sent`` and ``received`` keep what it did."""
 
-    def __init__(self, name: str, switch: Switch, index: int, rank: Rank) -> None:
-        self.name, self.switch, self.index, self.rank = name, switch, index, rank
+    def __init__(self, name: str, switch: Switch, index: int, rank: Rank, turn: threading.Lock) -> None:
+        self.name, self.switch, self.index, self.rank, self.turn = name, switch, index, rank, turn
         self.world = len(switch.rows)
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
@@ -46,9 +46,13 @@ class Lockstep:
         assert rows.shape[0] == sum(send)
         assert len(send) == len(receive) == self.world
         self.switch.rows[self.index] = torch.split(rows.clone(), list(send))
-        self.switch.barrier.wait()
-        taken = [self.switch.rows[source][self.index] for source in range(self.world)]
-        self.switch.barrier.wait()
+        self.turn.release()
+        try:
+            self.switch.barrier.wait()
+            taken = [self.switch.rows[source][self.index] for source in range(self.world)]
+            self.switch.barrier.wait()
+        finally:
+            self.turn.acquire()
         assert [part.shape[0] for part in taken] == list(receive)
         self.rank.calls.append(Exchange(self.name, rows.dtype, tuple(rows.shape[1:])))
         self.rank.sent.append((self.name, rows, [n for d, n in enumerate(send) if d != self.index]))
@@ -66,10 +70,14 @@ class Rank:
 
 
 class Ranks:
-    """An expert group of threads. ``order`` gives who claims to be which rank; any but 0, 1, ... is a fault."""
+    """An expert group of threads. ``order`` gives who claims to be which rank; any but 0, 1, ... is a fault.
+
+    One computes at a time, and the turn changes in exchanges only: emulated FP8 switches a setting of the process.
+    """
 
     def __init__(self, ep: int, local: int, order: Sequence[int] | None = None) -> None:
         self.ep, self.local = ep, local
+        self.turn = threading.Lock()
         self.ranks = [Rank() for _ in range(ep)]
         self.members = self.group("", order)
 
@@ -80,16 +88,21 @@ class Ranks:
         return [
             ExpertParallel(
                 rank if order is None else order[rank],
-                Lockstep(f"{prefix}across", across[rank % self.local], rank // self.local, self.ranks[rank]),
-                Lockstep(f"{prefix}within", within[rank // self.local], rank % self.local, self.ranks[rank]),
+                Lockstep(f"{prefix}across", across[rank % self.local], rank // self.local, self.ranks[rank], self.turn),
+                Lockstep(f"{prefix}within", within[rank // self.local], rank % self.local, self.ranks[rank], self.turn),
             )
             for rank in range(self.ep)
         ]
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """What ``work`` gives on each rank."""
+
+        def in_turn(rank: int) -> T:
+            with self.turn:
+                return work(rank)
+
         with ThreadPoolExecutor(self.ep, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, range(self.ep)))
+            return list(pool.map(in_turn, range(self.ep)))
 
     def agree(self) -> None:
         """Every rank made the same calls in the same order."""

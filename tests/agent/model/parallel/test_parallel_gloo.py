@@ -41,7 +41,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     folder: Path = tmp_path_factory.mktemp("gloo")
     results = run(CASES, folder)
     results["raw"] = [torch.load(folder / f"raw-{rank}.pt") for rank in range(WORLD)]
+    results["lost"] = [{"error": (folder / f"lost-{rank}").read_text()} for rank in range(WORLD)]
     return results
+
+
+def test_a_lost_peer_is_a_runtime_error(found: dict[str, list[dict[str, Any]]]) -> None:
+    assert [bool(told["error"]) for told in found["lost"]] == [True] * (WORLD - 1) + [False]
 
 
 def test_rows_arrive_in_the_order_of_their_sources(found: dict[str, list[dict[str, Any]]]) -> None:

@@ -31,7 +31,7 @@ CONFIG = replace(
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 #: Worst relative difference of outputs, of gradients. The choice of experts is the same, bit for bit. fp32: other order
 #: of sums. bf16: partial sums are rounded once a hop (2^-9 each). FP8: so are gradients, before they are quantised.
-#: Measured over 500 examples: 6e-7, 1e-6; 3e-3, 0.015; 3e-3, 0.12 (an expert with one token, one code away).
+#: Measured over 500 examples: 7e-7, 1e-6; 3e-3, 0.018; 3e-3, 0.11 (an expert with one token, one code away).
 TOLERANCES = {"fp32": (1e-5, 1e-5), "bf16": (1e-2, 5e-2), "fp8": (1e-2, 0.3)}
 
 

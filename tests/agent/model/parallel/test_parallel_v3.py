@@ -9,7 +9,7 @@ import pytest
 import torch
 from lockstep import Ranks, Recorded, batch, deviation, loss_and_gradients, together
 
-from agent.model import PRESETS, V3, ConfigError
+from agent.model import PRESETS, V3, ConfigError, huggingface
 from agent.model.crossing import summed
 from agent.model.decoding.decoder import Decoder
 from agent.model.memory import PRECISIONS, Mesh, parameters, shares
@@ -145,3 +145,5 @@ def test_what_cannot_be_divided_is_refused_by_its_name() -> None:
         Echo(2).exchange(torch.zeros(3), [1, 2], [2, 1])
     with pytest.raises(ValueError, match="one of 4 ranks"):
         Decoder(V3(CONFIG, parallel=place(0, 2, 2)), 8)
+    with pytest.raises(ValueError, match="load into a whole model"):
+        huggingface.load(V3(CONFIG, parallel=place(0, 2, 2)), huggingface.export(V3(CONFIG)))
