@@ -17,6 +17,8 @@ from agent.model import PRESETS, V3Config
 from agent.model.crossing import NodeLimitExceeded, compare, token_bytes
 from agent.model.moe import MoE
 from agent.model.parallel import Echo, ExpertParallel
+from agent.model.parallel.hop import Tokens
+from agent.model.parallel.own import own_sum
 from diagnostics.sensors.guard import Guard
 
 CONFIG = replace(
@@ -227,3 +229,18 @@ def test_the_sensors_see_every_product(kind: str, monkeypatch: pytest.MonkeyPatc
     assert sense.clean
     assert not sense.skipped
     assert {f"experts.{n}.{op}" for n in range(8, 12) for op in ("gate", "up", "down")} < set(named)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_without_work_a_rank_still_has_a_way_back(count: int) -> None:
+    """Otherwise its backward would leave out exchanges, and the others would wait for it."""
+    x, gates = torch.ones(count, 8, requires_grad=True), torch.zeros(count, 2, requires_grad=True)
+    tokens = Tokens(x, gates, torch.full((count, 2), -1))
+    y = own_sum(tokens, 2, 64, lambda *_: pytest.fail("no expert has rows"))
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert y.shape == (count, 8)
+    assert x.grad is not None
+    assert gates.grad is not None
+    assert not y.any()
+    assert not x.grad.any()
+    assert not gates.grad.any()
