@@ -13,11 +13,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-MAGIC = b"ASSAYSL1"
+MAGIC = b"ASSAYSL2"
 #: One page: records and words stay clear of the state, and the state starts page-aligned.
 HEADER = 4096
 _FIXED = struct.Struct("<8sQ")  # magic, bytes of one slot
-_RECORD = struct.Struct("<QQQQQ")  # generation, step, digest, chain, check
+_RECORD = struct.Struct("<QQQQQQQ")  # generation, step, digest, chain, own, replica, check
 _COMMIT = struct.Struct("@Q")  # native: one 8-byte store, where "<Q" would store byte by byte
 _PROGRESS = struct.Struct("<QQQQQ")  # generation, step, phase, monotonic ns, pid
 _RECORD_AT = (64, 128)  # a cache line each
@@ -48,13 +48,30 @@ class SlotsError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class ShardDigests:
+    """64-bit hashes of the parts of a slot that holds a shard: the rank's own, and the replica of its neighbour's."""
+
+    own: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
 class SlotRecord:
-    """What a slot holds: the state committed at `step` (0: the initial one) of `generation`, with its 64-bit hashes."""
+    """What a slot holds: the state committed at `step` (0: the initial one) of `generation`, with its 64-bit hashes.
+
+    `digest` is of the job's whole state. A slot that holds a shard of it says in `shard` what its own bits hash to.
+    """
 
     generation: int
     step: int
     digest: int
     chain: int
+    shard: ShardDigests | None = None
+
+    @property
+    def own(self) -> int:
+        """What this slot's state hashes to."""
+        return self.digest if self.shard is None else self.shard.own
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +133,20 @@ class Slots:
     def record(self, slot: int) -> SlotRecord | None:
         """What the slot holds, or None when it is empty or was being written."""
         *fields, check = _RECORD.unpack_from(self._map, _RECORD_AT[slot])
-        return SlotRecord(*fields) if check == _check(*fields) else None
+        if check != _check(*fields):
+            return None
+        generation, step, digest, chain, own, replica = fields
+        shard = ShardDigests(own, replica) if own or replica else None
+        return SlotRecord(generation, step, digest, chain, shard)
 
     def invalidate(self, slot: int) -> None:
         """Say that the slot's contents are about to change."""
-        _RECORD.pack_into(self._map, _RECORD_AT[slot], 0, 0, 0, 0, 0)
+        _RECORD.pack_into(self._map, _RECORD_AT[slot], 0, 0, 0, 0, 0, 0, 0)
 
     def write_record(self, slot: int, record: SlotRecord) -> None:
         """Say what the slot holds, after its contents are complete."""
-        fields = (record.generation, record.step, record.digest, record.chain)
+        parts = (0, 0) if record.shard is None else (record.shard.own, record.shard.replica)
+        fields = (record.generation, record.step, record.digest, record.chain, *parts)
         _RECORD.pack_into(self._map, _RECORD_AT[slot], *fields, _check(*fields))
 
     def commit(self, slot: int) -> None:
@@ -160,7 +182,8 @@ def _state_at(slot: int, nbytes: int) -> int:
     return HEADER + slot * _aligned(nbytes)
 
 
-def _check(generation: int, step: int, digest: int, chain: int) -> int:
+def _check(generation: int, step: int, digest: int, chain: int, own: int, replica: int) -> int:
     """A mix of the fields that an all-zero or torn record does not satisfy."""
-    mixed = (generation * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + digest * 0x165667B19E3779F9 + chain) & _NONE
-    return (mixed ^ 0x27D4EB2F165667C5) or 1
+    mixed = generation * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + digest * 0x165667B19E3779F9 + chain
+    mixed += own * 0x94D049BB133111EB + replica * 0xBF58476D1CE4E5B9
+    return (mixed & _NONE ^ 0x27D4EB2F165667C5) or 1

@@ -4,7 +4,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from agent.slots import Slots, SlotsError
 from agent.telemetry import Telemetry, traceparent
 from agent.training.collective import Group, PeerLost, serve_rendezvous
 from agent.training.engine import Engine
+from agent.training.fingerprint import fingerprint
 from agent.training.replay import Member, recompute, vote_body
 from agent.training.spec import JobSpec
-from agent.training.trainer import Seat, Trainer, fingerprint
+from agent.training.trainer import Seat, Trainer
 from diagnostics.sensors.digest import digest
 
 
@@ -103,7 +104,7 @@ class Worker:
     def _train(self, engine: Engine, group: Group, slots: Slots, seat: Seat, assignment: dict[str, Any]) -> None:
         daemon = _Reports(self._client, seat, self._inbox, self._telemetry)
         drills = self._drills(engine, seat, assignment, daemon)
-        engine.surround = _surround(engine, seat, drills)
+        engine.surround = drills.surround
         self._listeners.append(lambda message: _arm(message, drills))
         if seat.rank == 0:
             drills.tell_past()
@@ -196,13 +197,6 @@ class _Reports:
             if (message.get("step"), message.get("rank")) == (step, rank):
                 return list(message.get("votes", ()))
         return []
-
-
-def _surround(engine: Engine, seat: Seat, drills: Drills) -> Callable[[int, int, int], AbstractContextManager[object]]:
-    def surround(step: int, _rank: int, attempt: int) -> AbstractContextManager[object]:
-        return drills.surround(engine.model, step, attempt)
-
-    return surround
 
 
 def _arm(message: dict[str, Any], drills: Drills) -> None:

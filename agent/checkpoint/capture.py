@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _MASK = (1 << 64) - 1
 
 
 @dataclass(slots=True)
-class _Job:
+class Job:
     """One capture under way."""
 
     record: SlotRecord
@@ -41,16 +42,18 @@ class Capture:
         self._storage = storage
         self._layout = layout
         self._describe = describe
+        self._shard = SHARD
+        self._speaks = True
         self._report = report
         self._staging = layout.view(memoryview(bytearray(layout.nbytes)))
         self._parent = describe.parent_step
-        self._job: _Job | None = None
+        self._job: Job | None = None
         self._thread: threading.Thread | None = None
 
     def start(self, record: SlotRecord, state: State) -> None:
         """Begin to capture `state`, just committed as `record`; waits for an unfinished capture before it."""
         self.close()
-        self._job = _Job(record, state, threading.Event(), threading.Event())
+        self._job = Job(record, state, threading.Event(), threading.Event())
         self._thread = threading.Thread(target=self._run, args=(self._job,), name="capture", daemon=True)
         self._thread.start()
 
@@ -76,71 +79,82 @@ class Capture:
             self._thread.join()
             self._thread = None
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         begun = time.monotonic()
         entries = self._copy(job)
         stall = time.monotonic() - begun
         job.copied.set()
         total = sum(int(entry.digest, 16) for entry in entries) & _MASK
         body = {"job": self._describe.job, "generation": job.record.generation, "step": job.record.step}
-        if total != job.record.digest:
+        if total != job.record.own:
             self._refuse(body, job.record, total)
             return
-        self._report("checkpoint_captured", {**body, "digest": f"{job.record.digest:016x}", "stall_s": stall}, False)
-        self._write(job, entries, body)
+        if self._speaks:
+            told = {**body, "digest": f"{job.record.digest:016x}", "stall_s": stall}
+            self._report("checkpoint_captured", told, False)
+        self._write(job, entries)
 
-    def _copy(self, job: _Job) -> list[TensorEntry]:
+    def _copy(self, job: Job) -> list[TensorEntry]:
         """Copy part by part, hashing the copy while it is in the cache: what is hashed is what will be written."""
         entries = []
         targets = self._layout.parts(self._staging)
         for (name, word, source), (_, _, target) in zip(self._layout.parts(job.state), targets, strict=True):
             target.copy_(source)
             found = tensor_digest(target.numpy(), word)
-            entries.append(TensorEntry(name, _dtype(target), tuple(target.shape), word, f"{found:016x}", SHARD))
+            entries.append(TensorEntry(name, _dtype(target), tuple(target.shape), word, f"{found:016x}", self._shard))
         return entries
 
-    def _write(self, job: _Job, entries: list[TensorEntry], body: Mapping[str, Any]) -> None:
-        manifest = replace(
-            self._describe,
-            generation=job.record.generation,
-            step=job.record.step,
-            parent_step=self._parent,
-            digest=f"{job.record.digest:016x}",
-            chain=f"{job.record.chain:016x}",
-            created=time.time(),
-            tensors=tuple(entries),
-        )
+    def _write(self, job: Job, entries: list[TensorEntry]) -> None:
+        manifest = replace(self._manifest(job.record), tensors=tuple(entries))
         begun = time.monotonic()
         try:
             aside = self._storage.write(manifest, {n: t.numpy() for n, _, t in self._layout.parts(self._staging)})
             job.final.wait()
-            if job.dropped:
-                return
-            path = self._storage.publish(aside, manifest)
-        except (OSError, Fenced) as error:  # training goes on from memory; the operator hears of it
-            self._report(
-                "finding_raised",
-                {
-                    "finding": f"checkpoint-{manifest.step}",
-                    "check": "checkpoint",
-                    "severity": "CRITICAL",
-                    "confidence": 1.0,
-                    "detail": f"checkpoint of step {manifest.step} was not written: {error}",
-                },
-                True,
-            )
-            return
+            if not job.dropped:
+                self._publish(aside, manifest, begun)
+        except (OSError, Fenced) as error:
+            self._failed(manifest.step, error)
+
+    def _manifest(self, record: SlotRecord) -> Manifest:
+        return replace(
+            self._describe,
+            generation=record.generation,
+            step=record.step,
+            parent_step=self._parent,
+            digest=f"{record.digest:016x}",
+            chain=f"{record.chain:016x}",
+            created=time.time(),
+        )
+
+    def _publish(self, aside: Path, manifest: Manifest, begun: float) -> None:
+        path = self._storage.publish(aside, manifest)
         self._parent = manifest.step
         self._report(
             "checkpoint_durable",
             {
-                **body,
+                "job": manifest.job,
+                "generation": manifest.generation,
+                "step": manifest.step,
                 "digest": manifest.digest,
                 "chain": manifest.chain,
                 "path": str(path),
                 "bytes": sum(file.stat().st_size for file in path.iterdir()),
                 "parent_step": manifest.parent_step,
                 "write_s": time.monotonic() - begun,
+            },
+            True,
+        )
+
+    def _failed(self, step: int, error: Exception) -> None:
+        """Training goes on from memory; the operator hears of it."""
+        self._report(
+            "finding_raised",
+            {
+                "finding": f"checkpoint-{step}",
+                "check": "checkpoint",
+                "severity": "CRITICAL",
+                "confidence": 1.0,
+                "detail": f"checkpoint of step {step} was not written: {error}",
             },
             True,
         )
@@ -153,7 +167,7 @@ class Capture:
                 **body,
                 "path": "",
                 "shard": "capture",
-                "expected": f"{record.digest:016x}",
+                "expected": f"{record.own:016x}",
                 "found": f"{found:016x}",
                 "reason": "the state changed in memory between its commit and its capture; nothing was written",
             },

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 SCHEMA = "assay.checkpoint/1"
@@ -28,8 +28,8 @@ class TensorEntry:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A whole checkpoint. `digest` (16 hex digits) is of the state as the ranks agreed on it at the gate, `chain` the
-    link of its step. Bits are promised for equal preset, vocab_size, seed, world, precision, threads, corpus, pack and
-    fingerprint.
+    link of its step. Bits are promised for equal preset, vocab_size, seed, world, precision, threads, corpus, pack,
+    mesh and fingerprint. `mesh` is "" where every rank holds the whole state, else its sizes as `Mesh` writes them.
     """
 
     job: str
@@ -49,6 +49,7 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     vocab_size: int
     pack: str
+    mesh: str = ""
 
     def to_json(self) -> str:
         """The document, readable by people too, with a check of what it says: like each tensor it needs one."""
@@ -65,7 +66,7 @@ class Manifest:
             if document.pop("schema", None) != SCHEMA:
                 raise ManifestError(f"another schema than {SCHEMA}")
             entries = tuple(TensorEntry(**{**e, "shape": tuple(e["shape"])}) for e in document.pop("tensors"))
-            wanted = {field.name for field in fields(cls)} - {"tensors"}
+            wanted = {f.name for f in fields(cls) if f.default is MISSING or f.name in document} - {"tensors"}
             return cls(tensors=entries, **{name: document[name] for name in wanted})
         except ManifestError:
             raise

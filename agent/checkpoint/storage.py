@@ -1,22 +1,26 @@
 """A job's checkpoints on storage: written aside, published by one rename, fenced by generation, else refused."""
 
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from agent.checkpoint.manifest import NAME, Manifest, ManifestError
+from agent.checkpoint.manifest import NAME, Manifest, ManifestError, TensorEntry
 from diagnostics.sensors.multilinear import digest_bytes
 
 _MASK = (1 << 64) - 1
 SHARD = "shard-0.safetensors"
+#: What a rank's shard holds, until the manifest of the whole says it.
+_LISTED = "shard-{}.json"
 #: Published checkpoints that stay: the newest may turn out damaged, so may the one before it.
 KEEP = 4
 
@@ -56,7 +60,7 @@ class Storage:
 
     def write(self, manifest: Manifest, tensors: Mapping[str, NDArray[np.generic]]) -> Path:
         """Write everything aside and force it to storage; `publish` makes it a checkpoint."""
-        aside = self.folder / f"writing-{manifest.step:08d}-{manifest.generation}"
+        aside = self._aside(manifest.step, manifest.generation)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(dict(tensors), aside / SHARD)
@@ -64,6 +68,45 @@ class Storage:
         for path in (aside / SHARD, aside / NAME, aside):
             _sync(path)
         return aside
+
+    def write_shard(
+        self,
+        step: int,
+        generation: int,
+        rank: int,
+        entries: Sequence[TensorEntry],
+        tensors: Mapping[str, NDArray[np.generic]],
+    ) -> None:
+        """Write one rank's shard aside, with a list of what it holds, and force both to storage."""
+        aside = self._aside(step, generation)
+        aside.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), aside / shard_name(rank))
+        listed = aside / _LISTED.format(rank)
+        listed.write_text(json.dumps([asdict(entry) for entry in entries]))
+        for path in (aside / shard_name(rank), listed, aside):
+            _sync(path)
+
+    def assemble(self, manifest: Manifest, ranks: int) -> tuple[Path, Manifest]:
+        """The manifest of shards that lie aside, written beside them; `publish` makes them a checkpoint.
+
+        Raises ShardRefused if the shards' digests are not those of the state that the ranks agreed on.
+        """
+        aside = self._aside(manifest.step, manifest.generation)
+        lists = [aside / _LISTED.format(rank) for rank in range(ranks)]
+        entries = [TensorEntry(**{**e, "shape": tuple(e["shape"])}) for p in lists for e in json.loads(p.read_text())]
+        total = sum(int(entry.digest, 16) for entry in entries) & _MASK
+        if f"{total:016x}" != manifest.digest:
+            raise ShardRefused(aside, manifest.step, "shards", manifest.digest, f"{total:016x}")
+        whole = replace(manifest, tensors=tuple(entries))
+        (aside / NAME).write_text(whole.to_json())
+        for path in lists:
+            path.unlink()
+        for path in (aside / NAME, aside):
+            _sync(path)
+        return aside, whole
+
+    def _aside(self, step: int, generation: int) -> Path:
+        return self.folder / f"writing-{step:08d}-{generation}"
 
     def publish(self, aside: Path, manifest: Manifest) -> Path:
         """Give a written checkpoint its name, by one rename under the fence. Raises Fenced."""
@@ -107,25 +150,48 @@ class Storage:
             return 0
 
 
-def read(path: Path) -> tuple[Manifest, dict[str, NDArray[np.generic]]]:
-    """Load a checkpoint and verify every tensor and the whole. Raises ShardRefused; nothing unverified is returned."""
+def shard_name(rank: int) -> str:
+    """The file of a rank's shard; a state that is not divided is shard 0."""
+    return f"shard-{rank}.safetensors"
+
+
+def read(path: Path, names: Collection[str] | None = None) -> tuple[Manifest, dict[str, NDArray[np.generic]]]:
+    """Load a checkpoint, or the tensors of these names, and verify each of them, and the whole by their digests.
+
+    Raises ShardRefused; nothing unverified is returned.
+    """
     manifest = read_manifest(path)
-    try:
-        arrays = load_file(path / SHARD)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ShardRefused(path, manifest.step, SHARD, "a readable shard", f"an unreadable one ({error})") from error
-    total = 0
-    for entry in manifest.tensors:
-        array = arrays.get(entry.name)
-        if array is None or tuple(array.shape) != entry.shape:
-            raise ShardRefused(path, manifest.step, entry.name, f"shape {entry.shape}", "no such tensor")
-        found = tensor_digest(array, entry.word)
-        if f"{found:016x}" != entry.digest:
-            raise ShardRefused(path, manifest.step, entry.name, entry.digest, f"{found:016x}")
-        total = (total + found) & _MASK
+    total = sum(int(entry.digest, 16) for entry in manifest.tensors) & _MASK
     if f"{total:016x}" != manifest.digest:
         raise ShardRefused(path, manifest.step, "state", manifest.digest, f"{total:016x}")
-    return manifest, arrays
+    wanted = [entry for entry in manifest.tensors if names is None or entry.name in names]
+    found: dict[str, NDArray[np.generic]] = {}
+    for shard in sorted({entry.shard for entry in wanted}):
+        _read_shard(path, manifest, shard, [entry for entry in wanted if entry.shard == shard], found)
+    if lacking := sorted(set(names or ()) - found.keys()):
+        raise ShardRefused(path, manifest.step, lacking[0], "no such tensor", "it is needed")
+    return manifest, found
+
+
+def _read_shard(
+    path: Path, manifest: Manifest, shard: str, wanted: list[TensorEntry], found: dict[str, NDArray[np.generic]]
+) -> None:
+    """Add a shard's tensors to those found, each of them verified."""
+    try:
+        with safe_open(path / shard, framework="numpy") as file:
+            present = set(file.keys())
+            for entry in wanted:
+                array = file.get_tensor(entry.name) if entry.name in present else None
+                if array is None or tuple(array.shape) != entry.shape:
+                    raise ShardRefused(path, manifest.step, entry.name, f"shape {entry.shape}", "no such tensor")
+                value = tensor_digest(array, entry.word)
+                if f"{value:016x}" != entry.digest:
+                    raise ShardRefused(path, manifest.step, entry.name, entry.digest, f"{value:016x}")
+                found[entry.name] = array
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, ShardRefused):
+            raise
+        raise ShardRefused(path, manifest.step, shard, "a readable shard", f"an unreadable one ({error})") from error
 
 
 def read_manifest(path: Path) -> Manifest:

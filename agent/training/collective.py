@@ -1,8 +1,8 @@
 """The ranks of one generation as a process group: fenced rendezvous, fixed buckets, small exchanges in rank order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ BUCKET = 1 << 20
 PATIENCE = timedelta(minutes=30)
 #: A generation whose ranks do not all arrive is started again, so waiting for them is bounded more tightly.
 RENDEZVOUS = timedelta(seconds=60)
+
+Result = TypeVar("Result")
 
 
 class PeerLost(RuntimeError):
@@ -65,6 +67,23 @@ class Group:
         """Receive into `tensor`."""
         self._run(dist.recv, tensor, source)
 
+    def among(self, ranks: Sequence[int]) -> "Subgroup":
+        """The process group of these ranks; every rank of the generation calls this, members or not."""
+        return Subgroup(run(dist.new_group, list(ranks), PATIENCE), len(ranks))
+
+    def reduce_scatter(self, whole: Tensor, own: Tensor) -> None:
+        """Sum `whole` over the ranks; the rank-th of its equal parts arrives in `own`, which may lie in `whole`."""
+        Subgroup(None, self.world).reduce_scatter(whole, own)
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> None:
+        """Put every rank's `own` into `whole`, in rank order; `own` may lie in `whole`."""
+        Subgroup(None, self.world).all_gather(whole, own)
+
+    def shift(self, mine: Tensor, before: Tensor) -> None:
+        """Send `mine` to the next rank and receive the previous one's into `before`, around the ring."""
+        to, source = (self.rank + 1) % self.world, (self.rank - 1) % self.world
+        self._run(_exchange, mine, to, before, source)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self._run(dist.barrier)
@@ -75,10 +94,42 @@ class Group:
 
     @staticmethod
     def _run(operation: Any, *arguments: Any) -> None:
-        try:
-            operation(*arguments)
-        except (RuntimeError, dist.DistError) as error:
-            raise PeerLost(f"{operation.__name__}: {error}") from error
+        run(operation, *arguments)
+
+
+class Subgroup:
+    """Some ranks of a generation, for what they alone hold; `None` stands for all of them."""
+
+    def __init__(self, handle: Any, world: int) -> None:
+        self.handle = handle
+        self.world = world
+
+    def reduce_scatter(self, whole: Tensor, own: Tensor) -> None:
+        """As Group's, among these ranks."""
+        if self.world > 1 and whole.numel():
+            summed = torch.empty_like(own)
+            run(dist.reduce_scatter_single, summed, whole, dist.ReduceOp.SUM, self.handle)
+            own.copy_(summed)
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> None:
+        """As Group's, among these ranks."""
+        if self.world > 1 and whole.numel():
+            run(dist.all_gather_single, whole, own.clone(), self.handle)
+
+
+def run(operation: Callable[..., Result], *arguments: Any) -> Result:
+    """A collective whose failure means that a rank is gone. Raises PeerLost."""
+    try:
+        return operation(*arguments)
+    except (RuntimeError, dist.DistError) as error:
+        raise PeerLost(f"{operation.__name__}: {error}") from error
+
+
+def _exchange(mine: Tensor, to: int, other: Tensor, source: int) -> None:
+    """Send to one rank and receive from another at once."""
+    pair = [dist.P2POp(dist.isend, mine, to), dist.P2POp(dist.irecv, other, source)]
+    for work in dist.batch_isend_irecv(pair):
+        work.wait()
 
 
 def serve_rendezvous(host: str) -> tuple[TCPStore, str]:

@@ -1,5 +1,6 @@
 """One rank's arithmetic of a step: samples in, guarded forward and backward, gradients and readings out."""
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,29 +8,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agent.model import PRESETS, V3
+from agent.model.crossing import Comparison
 from agent.model.fp8 import Summary, summarise
 from agent.model.linear import Linear
+from agent.model.parallel import Echo, ExpertParallel
 from agent.model.presets import Preset
+from agent.model.v3 import LossOutput
 from agent.training.data import Batch, BatchCorrupted, Corpus, CorpusError, sample_ids
+from agent.training.journal import Deviation, Journal, Wire
 from agent.training.layout import State, StateLayout
 from agent.training.sampling import window_ids
-from agent.training.spec import JobSpec
+from agent.training.shards import ShardLayout
+from agent.training.spec import JobSpec, Mesh
 from diagnostics.health import Alarm
 from diagnostics.sensors.digest import chain, digest
-from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.guard import Guard, GuardedStep
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 #: Of the optimizer's moments (arXiv 2412.19437, section 3.3.3: bf16 beside FP8); masters and gradients are fp32.
 MOMENTS = {"fp32": torch.float32, "bf16": torch.float32, "fp8": torch.bfloat16}
 
-#: Called as (step, sample rank, attempt); the context surrounds forward and backward. Drills enter here.
-Surround = Callable[[int, int, int], AbstractContextManager[object]]
+_NO_COUNTS = torch.zeros(0, 0, dtype=torch.int64)
+#: Called as (model, step, attempt); the context surrounds forward and backward. Drills enter here.
+Surround = Callable[[nn.Module, int, int], AbstractContextManager[object]]
 
 
-def undisturbed(_step: int, _rank: int, _attempt: int) -> AbstractContextManager[object]:
+def undisturbed(_model: nn.Module, _step: int, _attempt: int) -> AbstractContextManager[object]:
     """No drill."""
     return nullcontext()
 
@@ -38,6 +45,10 @@ def undisturbed(_step: int, _rank: int, _attempt: int) -> AbstractContextManager
 class Computation:
     """What one forward and backward gave. `alarm` is `not (reading <= 1)`; `counts` is int64 [MoE layers, experts];
     `fp8` has a summary for each kind of tensor that was quantised, and is empty in other precisions.
+
+    With a mesh, `clock` counts the exchanges with other ranks before the first alarm, and `crossing` is what the rank's
+    tokens sent to other nodes. `deviation` stands for the gradients of a replay that had to stop, because it sent other
+    rows than the run it repeats.
     """
 
     loss: float
@@ -48,6 +59,9 @@ class Computation:
     counts: Tensor
     tokens: int
     fp8: tuple[Summary, ...] = ()
+    clock: int = 0
+    crossing: Comparison | None = None
+    deviation: str = ""
 
 
 class Engine:
@@ -58,60 +72,100 @@ class Engine:
         preset = preset_of(spec)
         self.spec = spec
         self.preset = preset
-        self.model = V3(preset.config, compute_dtype=_DTYPES[spec.precision])
-        self.layout = StateLayout(self.model, MOMENTS[spec.precision])
-        self.gradients = torch.zeros(self.layout.flat)
+        self.journal = Journal()
         self.corpus = _corpus(spec, preset.config.vocab_size)
-        self.guard = Guard(self.model, tolerance_scale=spec.tolerance_scale, enabled=spec.sensors)
         self.surround = surround
+        self._loss_scale = _loss_scale(preset) if spec.precision == "fp8" else 1.0
+        self._window = preset.sample_len
+        self._samples = self.corpus.total(self._window)
+        self._packed = spec.pack == "documents"
+        self._build(0, None if spec.mesh is None else _echoes(spec.mesh))
+        self.gradients = torch.zeros(self.layout.flat)
+
+    def _build(self, rank: int, live: ExpertParallel | None) -> None:
+        """Model, layout and sensors of a rank; without `live` links to others, exchanges can only be replayed."""
+        spec = self.spec
+        mesh = spec.mesh
+        self.rank = rank
+        self.parallel = None if mesh is None else _journalled(mesh, rank, self.journal, live)
+        self.model = V3(self.preset.config, _DTYPES[spec.precision], self.parallel)
+        moments = MOMENTS[spec.precision]
+        self.layout = StateLayout(self.model, moments) if mesh is None else ShardLayout(self.model, mesh, rank, moments)
+        self.guard = Guard(self.model, tolerance_scale=spec.tolerance_scale, enabled=spec.sensors)
         self._tallies = tuple(
             (name, tally)
             for name, module in self.model.named_modules()
             if isinstance(module, Linear) and module.fp8 is not None
             for tally in module.fp8.tallies
         )
-        self._loss_scale = _loss_scale(preset) if spec.precision == "fp8" else 1.0
-        self._window = preset.sample_len
-        self._samples = self.corpus.total(self._window)
-        self._packed = spec.pack == "documents"
+
+    def take(self, rank: int, live: ExpertParallel) -> None:
+        """Become `rank` of the mesh, whose exchanges go through `live`."""
+        self._build(rank, live)
+
+    def acting(self, rank: int) -> "Engine":
+        """An engine that can replay `rank`'s part of a step: this one, or one with that rank's experts."""
+        if self.spec.mesh is None or rank == self.rank:
+            return self
+        other = copy.copy(self)
+        other.journal = Journal()
+        other._build(rank, None)
+        return other
 
     def bind(self, state: State) -> None:
         """Compute from `state` from now on."""
         self.layout.bind(self.model, state)
 
     def initialise(self, state: State) -> None:
-        """Write the initial state of the job's seed into `state`."""
-        fresh = V3(self.preset.config)
+        """Write the initial state of the job's seed into `state`, but for the replica of another rank's."""
+        fresh = V3(self.preset.config, parallel=self.parallel)
         fresh.initialise(self.spec.seed)
         self.layout.capture(fresh, state)
         state.meta[0] = self.spec.seed
 
     def compute(self, step: int, rank: int, attempt: int, gradients: Tensor) -> Computation:
-        """Forward and backward of `rank`'s samples of `step`, into `gradients` (float32 [flat], overwritten)."""
+        """Forward and backward of `rank`'s samples of `step`, into `gradients` (float32 [flat], overwritten).
+
+        Raises PeerLost if an exchange with another rank fails.
+        """
         batch = self._batch(step, rank)
         for _, tally in self._tallies:
             tally.clear()
         gradients.zero_()
         self.layout.bind_gradients(self.model, gradients)
         key = chain(self.spec.seed, step, rank)
-        with self.guard.step(key) as sense, self.surround(step, rank, attempt):
-            result = self.model.loss(batch.tokens, batch.documents)
-            torch.autograd.backward(result.total, result.total.new_full((), self._loss_scale))
-            self.guard.check_finite("loss", result.total)
+        result: LossOutput | None = None
+        deviation = ""
+        with self.guard.step(key) as sense, self.surround(self.model, step, attempt):
+            self.journal.begin(lambda: sense.checks)
+            try:
+                result = self.model.loss(batch.tokens, batch.documents)
+                torch.autograd.backward(result.total, result.total.new_full((), self._loss_scale))
+                self.guard.check_finite("loss", result.total)
+            except Deviation as found:
+                deviation = found.digest
         if self._loss_scale != 1.0:
             gradients.mul_(1 / self._loss_scale)
-        loss = float(result.main)
-        sense.observe("loss", loss)
+        loss = math.nan if result is None else float(result.main)
+        if not deviation:
+            sense.observe("loss", loss)
         return Computation(
             loss=loss,
             reading=sense.worst,
             alarm=not sense.clean,
             alarms=tuple(sense.alarms),
             checks=sense.checks,
-            counts=result.counts,
+            counts=_NO_COUNTS if result is None else result.counts,
             tokens=batch.tokens.shape[0] * self.preset.seq_len,
             fp8=summarise(self._tallies),
+            clock=self._clock(sense),
+            crossing=None if result is None else result.crossing,
+            deviation=deviation,
         )
+
+    def _clock(self, sense: GuardedStep) -> int:
+        first = sense.first_alarm
+        return 0 if first is None else self.journal.clock(first)
 
     def warm_up(self) -> None:
         """Run one step on throw-away state, so that a promotion finds kernels and allocator warm."""
@@ -175,6 +229,18 @@ def _loss_scale(preset: Preset) -> float:
     and is taken out of the gradients again.
     """
     return 2.0 ** math.floor(math.log2(preset.micro_batch * preset.seq_len))
+
+
+def _journalled(mesh: Mesh, rank: int, journal: Journal, live: ExpertParallel | None) -> ExpertParallel:
+    """The rank's place among the experts, with the journal on both hops."""
+    across = Wire(journal, mesh.ep // mesh.local, live.across if live else None)
+    within = Wire(journal, mesh.local, live.within if live else None)
+    return ExpertParallel(rank % mesh.ep, across, within)
+
+
+def _echoes(mesh: Mesh) -> ExpertParallel:
+    """What stands in for other ranks until there are any."""
+    return ExpertParallel(0, Echo(mesh.ep // mesh.local), Echo(mesh.local))
 
 
 def gradient_digest(gradients: Tensor) -> str:

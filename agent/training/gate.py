@@ -2,13 +2,12 @@
 
 import math
 import struct
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 #: int64 fields of a row before its expert counts.
-FIELDS = 9
+FIELDS = 11
 
 
 class GateError(RuntimeError):
@@ -29,7 +28,9 @@ class Row:
 
     `reading` is its worst reading; `alarm` is `not (reading <= 1)`, taken before any reduction so that NaN counts.
     `squared_norm` is that of its slice of the reduced gradient; `digest` is of the state committed at `previous`.
-    `counts` are the routed tokens of its own batch per (MoE layer, expert).
+    `clock` counts the exchanges of expert parallelism before its first alarm, 0 without any. `written` is the newest
+    step of which its shard of a checkpoint lies on storage. `counts` are the routed tokens of its own batch per (MoE
+    layer, expert).
     """
 
     generation: int
@@ -42,6 +43,8 @@ class Row:
     digest: int
     loss: float
     counts: tuple[int, ...]
+    clock: int = 0
+    written: int = 0
 
     def pack(self) -> list[int]:
         """The row as FIELDS + len(counts) signed 64-bit integers; floats by their bits."""
@@ -55,6 +58,8 @@ class Row:
             self.previous,
             _signed(self.digest),
             _bits(self.loss),
+            self.clock,
+            self.written,
             *self.counts,
         ]
 
@@ -71,6 +76,8 @@ class Row:
             previous=values[6],
             digest=values[7] & 0xFFFFFFFFFFFFFFFF,
             loss=_float(values[8]),
+            clock=values[9],
+            written=values[10],
             counts=tuple(values[FIELDS:]),
         )
 
@@ -85,8 +92,8 @@ class Outcome:
     suspects: tuple[int, ...] = ()
 
 
-def decide(rows: Sequence[Row]) -> Outcome:
-    """Judge the rows, given in rank order.
+def decide(rows: Sequence[Row], ep: int = 1) -> Outcome:
+    """Judge the rows, given in rank order; every `ep` adjacent ranks exchanged tokens in the step.
 
     A disagreement about the previous commit comes first: nothing computed from a doubtful state counts. Then alarms.
     The norm is summed in rank order, so that every rank gets the same bits. Raises GateError on rows of another
@@ -107,7 +114,7 @@ def decide(rows: Sequence[Row]) -> Outcome:
     if len({row.digest for row in rows}) > 1:
         listed = ", ".join(f"rank {rank} {row.digest:016x}" for rank, row in enumerate(rows))
         return Outcome(Decision.ROLL_BACK, f"states of step {head.previous} differ: {listed}")
-    suspects = tuple(rank for rank, row in enumerate(rows) if row.alarm)
+    suspects = _suspects(rows, ep)
     if suspects:
         return Outcome(Decision.REPLAY, "sensor alarm", suspects=suspects)
     squared = 0.0
@@ -118,10 +125,15 @@ def decide(rows: Sequence[Row]) -> Outcome:
     return Outcome(Decision.COMMIT, "clean", norm=math.sqrt(squared))
 
 
-def outvoted(digests: Sequence[int]) -> tuple[int, ...]:
-    """Ranks whose digest is not that of the strict majority; empty if there is none (two ranks that differ)."""
-    value, count = Counter(digests).most_common(1)[0]
-    return tuple(r for r, d in enumerate(digests) if d != value) if 2 * count > len(digests) else ()
+def _suspects(rows: Sequence[Row], ep: int) -> tuple[int, ...]:
+    """Alarmed ranks, but those that may only have received what another of their group sent.
+
+    Exchanges are the group's common clock: a corruption on one rank can reach another in a later exchange only, so of a
+    group the ranks that alarmed first are asked. If another was at fault too, it alarms again when the step is redone.
+    """
+    alarmed = [rank for rank, row in enumerate(rows) if row.alarm]
+    first = {rank // ep: min(rows[r].clock for r in alarmed if r // ep == rank // ep) for rank in alarmed}
+    return tuple(rank for rank in alarmed if rows[rank].clock == first[rank // ep])
 
 
 def _bits(value: float) -> int:

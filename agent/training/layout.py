@@ -1,16 +1,22 @@
 """Where each part of the training state lies in a slot: one flat, aligned, hashable buffer per state."""
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diagnostics.sensors.digest import digest
+
 #: Floats in 64 bytes: every parameter starts on a cache line, as torch's own allocations do, so that kernels take
 #: the same (aligned) path in every process.
 ALIGN = 16
 #: Words of the meta region: seed, step, samples consumed, RNG counter, then spare ones that stay zero.
 META = 16
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +35,32 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Parameters `start`..`stop` that a rank optimises; their moments begin at element `moment` of each moment."""
+
+    start: int
+    stop: int
+    moment: int
+    decay: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Words `start`..`stop` of a slot, and where they lie in the job's whole state, which is what digests count by."""
+
+    start: int
+    stop: int
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """Typed views into one slot's bytes.
 
-    `parameters` are float32 [flat], `exp_avg` and `exp_avg_sq` [flat] in the layout's `moments`;
+    `parameters` are float32 [flat], `exp_avg` and `exp_avg_sq` [flat, or the rank's share] in the layout's `moments`;
     `router_bias` float32 [layers * experts, padded];
-    `meta` int64 [META]; `words` is the whole as int32, the view that is hashed.
+    `meta` int64 [META]; `words` is all of this as int32, the view that is hashed. `replica` is int32 too: what the rank
+    keeps of another's shard, empty where there are no shards.
     """
 
     words: Tensor
@@ -43,6 +69,7 @@ class State:
     exp_avg_sq: Tensor
     router_bias: Tensor
     meta: Tensor
+    replica: Tensor
 
 
 class StateLayout:
@@ -54,28 +81,46 @@ class StateLayout:
     """
 
     def __init__(self, model: nn.Module, moments: torch.dtype = torch.float32) -> None:
-        named = [(name, p) for name, p in model.named_parameters()]
-        ordered = [(n, p) for n, p in named if p.dim() >= 2] + [(n, p) for n, p in named if p.dim() < 2]
-        spans = []
-        start = 0
-        for name, parameter in ordered:
-            spans.append(Span(name, start, tuple(parameter.shape), parameter.dim() >= 2))
-            start += -(-parameter.numel() // ALIGN) * ALIGN
-        self.spans = tuple(spans)
-        self.flat = start
-        self.decayed = next((s.start for s in spans if not s.decay), start)
+        ordered = sorted(model.named_parameters(), key=lambda named: named[1].dim() < 2)
+        self.spans, self.flat = arranged(ordered)
+        self.expert = sum(-(-span.size // ALIGN) * ALIGN for span in self.spans if is_expert(span.name))
+        decayed = next((s.start for s in self.spans if not s.decay), self.flat)
+        pieces = (Piece(0, decayed, 0, True), Piece(decayed, self.flat, decayed, False))
+        self._divide(model, moments, pieces, self.flat)
+        self.regions: tuple[Region, ...] = (Region(0, self.words, 0),)
+
+    def _divide(self, model: nn.Module, moments: torch.dtype, pieces: tuple[Piece, ...], optimised: int) -> None:
+        """Lay out what follows the parameters: moments of `optimised` of them, router biases, meta."""
+        self.pieces = pieces
         self.biases = tuple(n for n, b in model.named_buffers() if n.endswith("router_bias"))
         self.experts = max((b.numel() for n, b in model.named_buffers() if n in self.biases), default=0)
         self.bias = -(-len(self.biases) * self.experts // ALIGN) * ALIGN
         self.moments = moments
         self._per_word = 4 // moments.itemsize
-        self.region = self.flat // self._per_word
+        self.region = optimised // self._per_word
         self.tail = self.flat + 2 * self.region
-        self.nbytes = 4 * (self.tail + self.bias) + 8 * META
+        self.words = self.tail + self.bias + 2 * META
+        self.replica = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one slot."""
+        return 4 * (self.words + self.replica)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of one state by what they are, as assay.v1.Resumed names them."""
+        experts = 4 * self.expert
+        return {
+            "parameter_bytes": 4 * self.flat - experts,
+            "expert_bytes": experts,
+            "optimizer_bytes": 8 * self.region,
+            "replica_bytes": 4 * self.replica,
+        }
 
     def view(self, buffer: memoryview) -> State:
         """Tensors over a slot's `nbytes` bytes; they share its memory."""
-        words = torch.frombuffer(buffer, dtype=torch.int32)
+        everything = torch.frombuffer(buffer, dtype=torch.int32)
+        words = everything[: self.words]
         first, second, tail, b = self.flat, self.flat + self.region, self.tail, self.bias
         return State(
             words=words,
@@ -84,11 +129,21 @@ class StateLayout:
             exp_avg_sq=words[second:tail].view(self.moments),
             router_bias=words[tail : tail + b].view(torch.float32),
             meta=words[tail + b :].view(torch.int64),
+            replica=everything[self.words :],
         )
 
     def word(self, region: int, element: int) -> int:
         """Where an element of a region (0 parameters, 1 and 2 the moments) lies in `words`."""
         return element if region == 0 else self.flat + (region - 1) * self.region + element // self._per_word
+
+    def place(self, word: int) -> int:
+        """Where a word of the slot lies in the job's whole state."""
+        region = next(r for r in self.regions if r.start <= word < r.stop)
+        return region.place + word - region.start
+
+    def digest(self, state: State) -> int:
+        """64-bit digest of the rank's own words."""
+        return digest_of(state.words, self.regions)
 
     def bind(self, model: nn.Module, state: State) -> None:
         """Point the model's parameters and router biases at `state`; nothing is copied."""
@@ -121,27 +176,52 @@ class StateLayout:
             row.copy_(buffers[name])
 
     def parts(self, state: State) -> list[tuple[str, int, Tensor]]:
-        """Every part of the state as (name in a checkpoint, first 32-bit word, tensor sharing memory).
+        """Every part of the state as (name in a checkpoint, place of its first word, tensor sharing memory).
 
-        Together they are all its words but padding, which is zero and so adds nothing to the digest. bf16 moments come
-        as the int16 that their bits are, since numpy and the files' readers know no bfloat16.
+        Together they are all its words but padding, which is zero and so adds nothing to the digest.
         """
-        moments = [
-            flat if flat.dtype == torch.float32 else flat.view(torch.int16)
-            for flat in (state.exp_avg, state.exp_avg_sq)
-        ]
-        regions = (("master", state.parameters), ("exp_avg", moments[0]), ("exp_avg_sq", moments[1]))
-        parts = [
-            (f"{kind}.{span.name}", self.word(index, span.start), self._part(flat, span))
-            for index, (kind, flat) in enumerate(regions)
+        parts = [(f"master.{span.name}", span.start, self._part(state.parameters, span)) for span in self.spans]
+        parts += self._moments(state)
+        for index, row in enumerate(self.bias_rows(state.router_bias)):
+            parts.append((f"router_bias.{self.biases[index]}", self.tail + index * self.experts, row))
+        parts.append(("meta", self.tail + self.bias, state.meta))
+        return [(name, self.place(word), tensor) for name, word, tensor in parts]
+
+    def _moments(self, state: State) -> list[tuple[str, int, Tensor]]:
+        return [
+            (f"{kind}.{span.name}", self.word(index, span.start), self._part(readable(flat), span))
+            for index, (kind, flat) in enumerate((("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)), 1)
             for span in self.spans
         ]
-        start = self.tail
-        for index, row in enumerate(self.bias_rows(state.router_bias)):
-            parts.append((f"router_bias.{self.biases[index]}", start + index * self.experts, row))
-        parts.append(("meta", start + self.bias, state.meta))
-        return parts
+
+    def writes(self, name: str) -> bool:
+        """Whether this rank writes the part of that name into a checkpoint; all of it, where it holds all of it."""
+        return bool(name)
 
     @staticmethod
     def _part(flat: Tensor, span: Span) -> Tensor:
         return flat[span.start : span.start + span.size].view(span.shape)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter of that name belongs to a routed expert, which expert parallelism spreads."""
+    return _EXPERT.search(name) is not None
+
+
+def arranged(named: Sequence[tuple[str, nn.Parameter]], start: int = 0) -> tuple[tuple[Span, ...], int]:
+    """Spans of these parameters in their order from `start`, each aligned; and where the last one ends."""
+    spans = []
+    for name, parameter in named:
+        spans.append(Span(name, start, tuple(parameter.shape), parameter.dim() >= 2))
+        start += -(-parameter.numel() // ALIGN) * ALIGN
+    return tuple(spans), start
+
+
+def digest_of(words: Tensor, regions: Iterable[Region]) -> int:
+    """64-bit digest of these regions of `words`, each counted by its place in the whole state."""
+    return sum(digest(words[r.start : r.stop], r.place) for r in regions) & _MASK
+
+
+def readable(flat: Tensor) -> Tensor:
+    """bf16 as the int16 that its bits are, since numpy and the files' readers know no bfloat16; others as they are."""
+    return flat if flat.dtype == torch.float32 else flat.view(torch.int16)

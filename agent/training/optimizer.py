@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agent.training.layout import State, StateLayout
+from agent.training.layout import Piece, State, StateLayout
 from diagnostics.sensors.digest import digest
 
 #: Elements per chunk: 5 arrays of 128 KiB stay in a 2 MiB L2 while a chunk is copied, updated and hashed.
@@ -44,19 +44,21 @@ def update(
     lr: float,
     coefficient: float,
     settings: AdamW,
-) -> int:
-    """Write the state after `step` into `new`; returns the 64-bit sum of the hashes of parameters and moments.
+) -> tuple[int, int, int]:
+    """Write what this rank optimises after `step` into `new`; returns the 64-bit sums of the hashes of its pieces of
+    the parameters and of both moments.
 
     `gradients` (float32 [flat], summed over ranks) is scaled in place by `coefficient`. Chunks are visited in a fixed
     order with a fixed size, so the bits depend on the layout alone. bf16 moments are rounded to nearest once a step;
     beta2 = 0.95 moves the second moment by up to 1/20 of itself, well above their 1/256.
     """
-    total = 0
+    totals = [0, 0, 0]
     step_tensor = torch.tensor(float(step))
-    for start, stop in _chunks(layout):
-        part = slice(start, stop)
-        targets = [new.parameters[part], new.exp_avg[part], new.exp_avg_sq[part]]
-        sources = (old.parameters[part], old.exp_avg[part], old.exp_avg_sq[part])
+    for chunk in _chunks(layout.pieces):
+        part = slice(chunk.start, chunk.stop)
+        moment = slice(chunk.moment, chunk.moment + chunk.stop - chunk.start)
+        targets = [new.parameters[part], new.exp_avg[moment], new.exp_avg_sq[moment]]
+        sources = (old.parameters[part], old.exp_avg[moment], old.exp_avg_sq[moment])
         # The kernel takes one type: bf16 moments are widened into a chunk of their own and rounded back.
         outputs = [t if t.dtype == torch.float32 else torch.empty(t.shape, dtype=torch.float32) for t in targets]
         for source, output in zip(sources, outputs, strict=True):
@@ -71,21 +73,23 @@ def update(
             lr=lr,
             beta1=settings.beta1,
             beta2=settings.beta2,
-            weight_decay=settings.weight_decay if start < layout.decayed else 0.0,
+            weight_decay=settings.weight_decay if chunk.decay else 0.0,
             eps=settings.eps,
             amsgrad=False,
             maximize=False,
         )
-        for region, (target, output) in enumerate(zip(targets, outputs, strict=True)):
+        starts = (chunk.start, chunk.moment, chunk.moment)
+        for region, (target, output, start) in enumerate(zip(targets, outputs, starts, strict=True)):
             if target is not output:
                 target.copy_(output)
-            total += digest(target, layout.word(region, start))
-    return total & _MASK
+            totals[region] += digest(target, layout.place(layout.word(region, start)))
+    return totals[0] & _MASK, totals[1] & _MASK, totals[2] & _MASK
 
 
-def _chunks(layout: StateLayout) -> list[tuple[int, int]]:
-    """Ranges of the flat parameters, none of which crosses from decayed to undecayed ones."""
-    ranges = []
-    for begin, end in ((0, layout.decayed), (layout.decayed, layout.flat)):
-        ranges += [(start, min(start + CHUNK, end)) for start in range(begin, end, CHUNK)]
-    return ranges
+def _chunks(pieces: tuple[Piece, ...]) -> list[Piece]:
+    """The pieces cut to CHUNK."""
+    return [
+        Piece(start, min(start + CHUNK, piece.stop), piece.moment + start - piece.start, piece.decay)
+        for piece in pieces
+        for start in range(piece.start, piece.stop, CHUNK)
+    ]

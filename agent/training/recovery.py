@@ -1,42 +1,46 @@
-"""Carries out the choice of state: own slot, a peer's slot over the group, a checkpoint, or the seed."""
+"""Brings every rank to one state at a generation's start: a live one, else a checkpoint, else the seed's."""
 
 from pathlib import Path
 
 import torch
 
 from agent.checkpoint.manifest import Manifest
-from agent.checkpoint.storage import ShardRefused, Storage, read
+from agent.checkpoint.storage import ShardRefused, Storage, read, read_manifest
 from agent.slots import SlotRecord
 from agent.training.collective import Group
+from agent.training.division import Division
 from agent.training.engine import MOMENTS, Engine
 from agent.training.replay import Daemon
-from agent.training.restore import Choice, Holding, choose
+from agent.training.sources import Source
 from agent.training.transaction import StateLost, Transaction
-from diagnostics.sensors.digest import digest
 
 
 class Recovery:
-    """Leaves every rank with the same committed state, verified by its digest, and reports where it came from."""
+    """Leaves every rank at the same committed state, verified by its digest, and reports where it came from."""
 
     def __init__(
-        self, engine: Engine, group: Group, transaction: Transaction, storage: Storage, daemon: Daemon, generation: int
+        self,
+        engine: Engine,
+        group: Group,
+        transaction: Transaction,
+        division: Division,
+        source: Source,
+        storage: Storage,
+        daemon: Daemon,
+        generation: int,
     ) -> None:
         self.engine = engine
         self.group = group
         self.transaction = transaction
+        self.division = division
+        self.source = source
         self.storage = storage
         self.daemon = daemon
         self.generation = generation
 
     def restore(self) -> None:
         """Find the nearest trusted state: live slots, a peer's, a checkpoint, the initial state."""
-        held = self.transaction.holdings()
-        choice = choose(self.group.gather_objects([Holding(r.step, r.digest, r.chain) for r in held]))
-        if choice is not None:
-            source = "live" if self.group.rank in choice.holders else "replica"
-            self._take(choice)
-        else:
-            source = self._from_checkpoint() or self._from_seed()
+        found = self.source.recover(self.generation) or self._from_checkpoint() or self._from_seed()
         self._agree()
         record = self.transaction.record
         self.daemon.report(
@@ -46,21 +50,16 @@ class Recovery:
                 "generation": self.generation,
                 "rank": self.group.rank,
                 "step": record.step,
-                "source": source,
+                "source": found,
                 "digest": f"{record.digest:016x}",
+                **self.engine.layout.held_bytes(),
             },
             urgent=True,
         )
 
     def roll_back(self) -> None:
         """Return to the step before the committed one. Raises StateLost if no rank still has it unharmed."""
-        step = self.transaction.record.step - 1
-        record = self.transaction.previous()
-        mine = [Holding(record.step, record.digest, record.chain)] if record and record.step == step else []
-        choice = choose(self.group.gather_objects(mine))
-        if choice is None or choice.state.step != step:
-            raise StateLost(f"no rank holds step {step} unharmed")
-        self._take(choice)
+        self.source.return_to(self.transaction.record.step - 1, self.generation)
         self._agree()
 
     def parent_step(self) -> int:
@@ -68,81 +67,67 @@ class Recovery:
         steps = [int(path.name.rpartition("-")[2]) for path in self.storage.published()]
         return max((s for s in steps if s <= self.transaction.record.step), default=0)
 
-    def _take(self, choice: Choice) -> None:
-        """Holders adopt their slot; the others receive it and check it."""
-        state = choice.state
-        record = SlotRecord(self.generation, state.step, state.digest, state.chain)
-        lacking = [rank for rank in range(self.group.world) if rank not in choice.holders]
-        if self.group.rank in choice.holders:
-            slot = next(s for s in (0, 1) if self._holds(s, state))
-            self.transaction.adopt(slot, record)
-            if self.group.rank == choice.holders[0]:
-                for rank in lacking:
-                    self.group.send(self.transaction.state.words, rank)
-            return
-        self.transaction.slots.invalidate(0)
-        words = self.transaction.slot_state(0).words
-        self.group.receive(words, choice.holders[0])
-        if digest(words) != state.digest:
-            raise StateLost(f"step {state.step} arrived with other bits than rank {choice.holders[0]} has")
-        self.transaction.adopt(0, record)
-
-    def _holds(self, slot: int, state: Holding) -> bool:
-        record = self.transaction.slots.record(slot)
-        return record is not None and (record.step, record.digest, record.chain) == (
-            state.step,
-            state.digest,
-            state.chain,
-        )
-
     def _from_checkpoint(self) -> str | None:
         """The newest checkpoint that verifies on every rank; damaged ones are refused, reported and set aside."""
         paths = self.group.gather_objects([str(path) for path in self.storage.published()])[0]
         for path in paths:
-            if all(self.group.gather_objects(self._load(Path(path)))):
+            manifest = self._load(Path(path))
+            if all(self.group.gather_objects(manifest is not None)) and manifest and self._take(manifest):
                 return "checkpoint"
             if self.group.rank == 0:
                 self.storage.set_aside(Path(path), self.generation)
         return None
 
-    def _load(self, path: Path) -> bool:
-        try:
-            manifest, arrays = read(path)
-            self._matches(path, manifest)
-        except ShardRefused as refused:
-            self.daemon.report(
-                "shard_refused",
-                {
-                    "job": self.engine.spec.job,
-                    "generation": self.generation,
-                    "step": refused.step,
-                    "path": str(refused.path),
-                    "shard": refused.shard,
-                    "expected": refused.expected,
-                    "found": refused.found,
-                    "reason": str(refused),
-                },
-                urgent=True,
-            )
-            return False
+    def _load(self, path: Path) -> Manifest | None:
+        """Fill slot 0 with what this rank holds of a checkpoint; None if it is refused."""
         self.transaction.slots.invalidate(0)
         state = self.transaction.slot_state(0)
+        parts = {name: target for name, _, target in self.engine.layout.parts(state)}
+        try:
+            self._matches(path, read_manifest(path))
+            manifest, arrays = read(path, parts.keys())
+        except ShardRefused as refused:
+            self._refuse(refused)
+            return None
         state.words.zero_()
-        for name, _, target in self.engine.layout.parts(state):
+        for name, target in parts.items():
             target.copy_(torch.from_numpy(arrays[name]))
-        record = SlotRecord(self.generation, manifest.step, int(manifest.digest, 16), int(manifest.chain, 16))
-        if digest(state.words) != record.digest:
+        return manifest
+
+    def _take(self, manifest: Manifest) -> bool:
+        """Adopt what `_load` filled in, if all ranks' parts together are the state that the manifest names."""
+        value, shard = self.division.settle(self.transaction.slot_state(0))
+        record = SlotRecord(self.generation, manifest.step, int(manifest.digest, 16), int(manifest.chain, 16), shard)
+        if not all(self.group.gather_objects(value == record.digest)):
             return False
         self.transaction.adopt(0, record)
         return True
 
+    def _refuse(self, refused: ShardRefused) -> None:
+        self.daemon.report(
+            "shard_refused",
+            {
+                "job": self.engine.spec.job,
+                "generation": self.generation,
+                "step": refused.step,
+                "path": str(refused.path),
+                "shard": refused.shard,
+                "expected": refused.expected,
+                "found": refused.found,
+                "reason": str(refused),
+            },
+            urgent=True,
+        )
+
     def _matches(self, path: Path, manifest: Manifest) -> None:
         """Refuse a checkpoint of another job's data or model, or whose moments are of another type."""
         engine, spec = self.engine, self.engine.spec
-        wanted = (spec.preset, engine.preset.config.vocab_size, spec.seed, engine.corpus.digest, spec.pack)
-        found = (manifest.preset, manifest.vocab_size, manifest.seed, manifest.corpus, manifest.pack)
+        mesh = str(spec.mesh or "")
+        wanted = (spec.preset, engine.preset.config.vocab_size, spec.seed, engine.corpus.digest, spec.pack, mesh)
+        found = (manifest.preset, manifest.vocab_size, manifest.seed, manifest.corpus, manifest.pack, manifest.mesh)
         if found != wanted:
-            raise ShardRefused(path, 0, "manifest", f"preset, vocab_size, seed, corpus, pack {wanted}", str(found))
+            told = f"preset, vocab_size, seed, corpus, pack, mesh {wanted}"
+            raise ShardRefused(path, 0, "manifest", told, str(found))
         if MOMENTS.get(manifest.precision, torch.float32) != self.engine.layout.moments:
             raise ShardRefused(path, 0, "manifest", f"precision {spec.precision!r}", repr(manifest.precision))
 
@@ -151,8 +136,8 @@ class Recovery:
         self.transaction.slots.invalidate(0)
         state = self.transaction.slot_state(0)
         self.engine.initialise(state)
-        value = digest(state.words)
-        self.transaction.adopt(0, SlotRecord(self.generation, 0, value, self.engine.link(0, 0, value)))
+        value, shard = self.division.settle(state)
+        self.transaction.adopt(0, SlotRecord(self.generation, 0, value, self.engine.link(0, 0, value), shard))
         return "init"
 
     def _agree(self) -> None:

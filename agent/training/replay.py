@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from agent.training.collective import Group
 from agent.training.engine import Computation, Engine, gradient_digest
+from agent.training.layout import State
+from agent.training.roles import Roles
 from diagnostics.verify.votes import Role, Ruling, Vote, decide
 
 #: A spare fetches the state (0.1 s) and recomputes one step; 30 s covers a slow network and a cold worker. The
@@ -56,6 +58,7 @@ class Held:
     attempt: int
     computation: Computation
     original: str
+    state: State
 
 
 class Replayer:
@@ -63,6 +66,7 @@ class Replayer:
 
     def __init__(self, engine: Engine, group: Group, members: Sequence[Member], daemon: Daemon) -> None:
         self.engine = engine
+        self.roles = Roles(engine, group)
         self.group = group
         self.members = tuple(members)
         self.daemon = daemon
@@ -70,22 +74,39 @@ class Replayer:
 
     def judge(self, held: Held, suspect: int) -> Ruling:
         """Collect votes until there is a verdict on `suspect`; the same ruling on every rank."""
+        held = self._with_original(held, suspect)
         self._alarm(held, suspect, (), needs_third=False)
         votes = self._exchange(held, suspect, {suspect: "original"})
         unavailable: frozenset[Role] = frozenset()
         ruling = decide(votes, unavailable)
         while ruling.needs is not None:
             role = ruling.needs
-            voter = self._voter(role, suspect)
-            if voter is not None:
-                votes += self._exchange(held, suspect, {voter: role})
-            elif vote := self._from_spare(held, suspect, role, votes):
-                votes.append(vote)
-            else:
+            cast = self._cast(held, suspect, role, votes)
+            if not cast:
                 unavailable |= {role}
+            votes += cast
             ruling = decide(votes, unavailable)
+        self.roles.close()
         self._publish(held, suspect, votes, ruling)
         return ruling
+
+    def _cast(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> list[Vote]:
+        """The vote of that role, from a rank or a spare; none if nobody can cast it."""
+        voter = self._voter(role, suspect)
+        if voter is not None:
+            self.roles.hand_over(held.state, suspect, voter)
+            return self._exchange(held, suspect, {voter: role})
+        vote = None if self.engine.spec.mesh else self._from_spare(held, suspect, role, votes)
+        return [] if vote is None else [vote]
+
+    def _with_original(self, held: Held, suspect: int) -> Held:
+        """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh."""
+        if suspect != self.group.rank or held.original:
+            return held
+        self.roles.hand_over(held.state, suspect, suspect)
+        with self.roles.acting(held.state, suspect) as engine:
+            vote = recompute(engine, self._scratch_buffer(), held.step, suspect, self.members[suspect], "original")
+        return replace(held, original=vote.digest)
 
     def _scratch_buffer(self) -> Tensor:
         """A replay's gradients; made at the first alarm, which most jobs never see."""
@@ -112,7 +133,8 @@ class Replayer:
             finite = math.isfinite(computed.reading) and math.isfinite(computed.loss)
             mine = Vote(role, here.node, here.device, os.getpid(), held.original, computed.alarm, finite)
         elif role is not None:
-            mine = recompute(self.engine, self._scratch_buffer(), held.step, suspect, here, role)
+            with self.roles.acting(held.state, suspect) as engine:
+                mine = recompute(engine, self._scratch_buffer(), held.step, suspect, here, role)
         return [vote for vote in self.group.gather_objects(mine) if vote is not None]
 
     def _from_spare(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> Vote | None:
@@ -181,14 +203,15 @@ def recompute(engine: Engine, gradients: Tensor, step: int, rank: int, here: Mem
     Attempts count from 1 and a replay is none of them, so a transient drill stays silent in it.
     """
     result = engine.compute(step, rank, 0, gradients)
+    finite = math.isfinite(result.reading) and (math.isfinite(result.loss) or bool(result.deviation))
     return Vote(
         role=role,
         node=here.node,
         device=here.device,
         pid=os.getpid(),
-        digest=gradient_digest(gradients),
+        digest=result.deviation or gradient_digest(gradients),
         alarm=result.alarm,
-        finite=math.isfinite(result.reading) and math.isfinite(result.loss),
+        finite=finite,
     )
 
 

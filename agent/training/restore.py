@@ -22,6 +22,18 @@ class Choice:
     holders: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ShardChoice:
+    """The state to go on from; the ranks that hold their own shard of it, and those that hold the replica of another's.
+
+    Invariant: each rank's shard is with itself or, as a replica, with the rank after it.
+    """
+
+    state: Holding
+    holders: tuple[int, ...]
+    keepers: tuple[int, ...]
+
+
 def choose(holdings: Sequence[Sequence[Holding]]) -> Choice | None:
     """Choose from all ranks' holdings, given in rank order; None means that no live state can be trusted.
 
@@ -30,18 +42,49 @@ def choose(holdings: Sequence[Sequence[Holding]]) -> Choice | None:
     was agreed at the gate by everybody who is ahead. If the holders of that step differ, the strict majority counts;
     without one the step before is tried.
     """
-    newest = [max((h.step for h in held), default=-1) for held in holdings]
-    front = max(newest)
-    if front < 0:
-        return None
-    step = min(n for n in newest if n >= front - 1)
-    for candidate in (step, step - 1):
-        if choice := _agreed(holdings, candidate):
+    for candidate in _candidates(holdings):
+        if choice := agreed(holdings, candidate):
             return choice
     return None
 
 
-def _agreed(holdings: Sequence[Sequence[Holding]], step: int) -> Choice | None:
+def choose_shards(own: Sequence[Sequence[Holding]], replicas: Sequence[Sequence[Holding]]) -> ShardChoice | None:
+    """As `choose`, where each rank has a shard of its own and a replica of that of the rank before it.
+
+    None also where a rank and the one that keeps its replica are both lost.
+    """
+    for candidate in _candidates(own):
+        if choice := agreed_shards(own, replicas, candidate):
+            return choice
+    return None
+
+
+def agreed_shards(
+    own: Sequence[Sequence[Holding]], replicas: Sequence[Sequence[Holding]], step: int
+) -> ShardChoice | None:
+    """The state of `step`, if the majority of the ranks' own records names it and all its shards are there."""
+    choice = agreed(own, step)
+    if choice is None:
+        return None
+    keepers = tuple(rank for rank, held in enumerate(replicas) if choice.state in held)
+    kept = {(rank - 1) % len(replicas) for rank in keepers}
+    if kept | set(choice.holders) != set(range(len(own))):
+        return None
+    return ShardChoice(choice.state, choice.holders, keepers)
+
+
+def _candidates(holdings: Sequence[Sequence[Holding]]) -> tuple[int, ...]:
+    """Steps to go on from, the best first."""
+    newest = [max((h.step for h in held), default=-1) for held in holdings]
+    front = max(newest)
+    if front < 0:
+        return ()
+    step = min(n for n in newest if n >= front - 1)
+    return step, step - 1
+
+
+def agreed(holdings: Sequence[Sequence[Holding]], step: int) -> Choice | None:
+    """The state of `step` that the strict majority of those who hold one holds."""
     held = {rank: h for rank, have in enumerate(holdings) for h in have if h.step == step}
     if not held:
         return None

@@ -1,7 +1,9 @@
 """What a job is: the specification that travels as JSON "assay.job/1" from the operator to every worker."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
 
 SCHEMA = "assay.job/1"
 PRECISIONS = ("fp32", "bf16", "fp8")
@@ -12,14 +14,55 @@ class SpecError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Mesh:
+    """`dp` ranks, each with data of its own, that hold the state in shards (arXiv 2412.19437, section 3.2).
+
+    Experts are spread over groups of `ep` adjacent ranks; what a rank optimises is a dp-th of everything (ZeRO-1,
+    arXiv 1910.02054, section 5.1). `local` adjacent ranks of a group count as one node for the two hops of a dispatch.
+    """
+
+    dp: int
+    ep: int = 1
+    local: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "ep", "local"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SpecError(f"mesh.{name} is {value!r}; it must be a whole number, at least 1")
+        if self.dp % self.ep:
+            raise SpecError(f"mesh.ep is {self.ep}; it must divide mesh.dp, which is {self.dp}")
+        if self.ep % self.local:
+            raise SpecError(f"mesh.local is {self.local}; it must divide mesh.ep, which is {self.ep}")
+
+    def __str__(self) -> str:
+        return f"dp={self.dp},ep={self.ep},local={self.local}"
+
+    @property
+    def replicas(self) -> int:
+        """How often each expert exists: dp / ep."""
+        return self.dp // self.ep
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> "Mesh":
+        """From the specification's object. Raises SpecError naming the key."""
+        if unknown := sorted(body.keys() - {"dp", "ep", "local"}):
+            raise SpecError(f"mesh has an unknown key {unknown[0]!r}; it takes dp, ep, local")
+        if "dp" not in body:
+            raise SpecError("mesh lacks dp, the number of ranks")
+        return cls(**body)
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
-    """One job. Bits depend on preset, vocab_size, seed, world, precision, corpus, tokenizer, pack and threads only.
+    """One job. Bits depend on preset, vocab_size, seed, world, precision, corpus, tokenizer, pack, threads, mesh only.
 
     `corpus` is a path, or None for the running Python's own sources; `storage` is the folder of all checkpoints;
     `cache` a folder for files that can be made again; `threads` is torch's intra-op thread count on every rank.
     `tokenizer` is a tokenizer.json for a corpus of text, or None for bytes; `vocab_size` the model's ids, or None for
     the preset's; `pack` is "stream" (windows anywhere, as if the corpus were one text) or "documents" (windows whose
-    documents do not see each other). Ranks refuse a corpus that has not `corpus_digest`, if there is one.
+    documents do not see each other). Ranks refuse a corpus that has not `corpus_digest`, if there is one. Without a
+    `mesh` every rank holds the whole state; with one, `world` is its dp.
     """
 
     job: str
@@ -39,6 +82,7 @@ class JobSpec:
     vocab_size: int | None = None
     pack: str = "stream"
     corpus_digest: str | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -52,6 +96,8 @@ class JobSpec:
                 raise SpecError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.tolerance_scale > 0:
             raise SpecError(f"tolerance_scale is {self.tolerance_scale}; it must be above 0")
+        if self.mesh is not None and self.mesh.dp != self.world:
+            raise SpecError(f"mesh.dp is {self.mesh.dp}; it must be world, which is {self.world}")
 
     @classmethod
     def from_json(cls, text: str) -> "JobSpec":
@@ -66,6 +112,10 @@ class JobSpec:
         needed = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := needed - document.keys():
             raise SpecError(f"the job's specification lacks {', '.join(sorted(missing))}")
+        if document.get("mesh") is not None:
+            if not isinstance(document["mesh"], dict):
+                raise SpecError(f"mesh is {document['mesh']!r}; it must be an object with dp, ep, local")
+            document["mesh"] = Mesh.parse(document["mesh"])
         return cls(**{name: document[name] for name in known & document.keys()})
 
     def to_json(self) -> str:

@@ -1,30 +1,30 @@
 """The loop of one rank: find the state, then step by step compute, reduce, pass the gate, commit, report."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from agent.checkpoint.capture import Capture
-from agent.checkpoint.manifest import Manifest
 from agent.checkpoint.storage import Storage
-from agent.model.fp8 import Summary
 from agent.model.router import updated_bias
 from agent.slots import SlotRecord, Slots
+from agent.training.checkpointing import Checkpoints, WholeCheckpoints, checkpoints
 from agent.training.collective import Group
+from agent.training.doubt import Doubt
 from agent.training.engine import Computation, Engine, gradient_digest
+from agent.training.fingerprint import described
 from agent.training.gate import Decision, Outcome, Row, decide
 from agent.training.optimizer import AdamW, clip_coefficient
 from agent.training.recovery import Recovery
 from agent.training.replay import Daemon, Held, Member, Replayer
 from agent.training.schedule import learning_rate
+from agent.training.seating import divided, seated
+from agent.training.steprecord import Times, step_record
 from agent.training.transaction import Commit, Transaction
 from diagnostics.health import Verdict
 from diagnostics.verify.votes import Ruling
@@ -71,15 +71,18 @@ class Trainer:
         self.daemon = daemon
         self.strike = strike
         self.settings = AdamW()
+        self.ep = seated(engine, group)
         self.transaction = Transaction(slots, engine.layout)
         self.storage = Storage(Path(self.spec.storage), seat.job)
+        self.division, source = divided(engine, group, self.transaction)
         members = [Member(*parts) for parts in group.gather_objects((here.node, here.device, here.pid))]
         self.replayer = Replayer(engine, group, members, daemon)
-        self.recovery = Recovery(engine, group, self.transaction, self.storage, daemon, seat.generation)
-        self.capture: Capture | None = None
+        self.recovery = Recovery(
+            engine, group, self.transaction, self.division, source, self.storage, daemon, seat.generation
+        )
+        self.doubt = Doubt(seat.job, seat.generation, group, self.recovery, daemon)
+        self.checkpoints: Checkpoints = WholeCheckpoints(None)
         self.executions: Counter[int] = Counter()
-        self.doubted: tuple[int, list[int], str] | None = None
-        self.rolled_back: Counter[int] = Counter()
 
     def run(self) -> SlotRecord:
         """Train to the last step; returns its record. Raises PeerLost, StepRefused, Awaiting."""
@@ -89,8 +92,7 @@ class Trainer:
                 ended = self._advance()
         while not ended:
             ended = self._advance()
-        if self.capture is not None:
-            self.capture.close()
+        self.checkpoints.close()
         return self.transaction.record
 
     def _restore(self) -> None:
@@ -99,7 +101,8 @@ class Trainer:
             self.storage.fence(self.seat.generation)
         self.group.barrier()
         self.recovery.restore()
-        self.capture = self._capturer() if self.group.rank == 0 else None
+        describe = described(self.engine, self.seat.generation, self.recovery.parent_step())
+        self.checkpoints = checkpoints(self.engine, self.group, self.storage, describe, self.daemon)
 
     def _advance(self) -> bool:
         """Go on by one step; True when there is none left."""
@@ -117,11 +120,11 @@ class Trainer:
         if outcome.decision is Decision.ROLL_BACK:
             self._roll_back(rows)
             return False
-        self._settle(record.step)
+        self.checkpoints.settle(record.step, rows)
         return True
 
     def _step(self, step: int) -> None:
-        trace = self.doubted[2] if self.doubted else None
+        trace = self.doubt.trace
         for attempt in range(1, MAX_ATTEMPTS + 1):
             with nullcontext() if trace is None else self.daemon.span("redo", trace, step=step, attempt=attempt):
                 alarmed = self._attempt(step, attempt)
@@ -137,17 +140,20 @@ class Trainer:
         sensed = time.monotonic()
         self._enter(step, "reduce")
         self.strike(step, "reduce")
-        self.group.reduce(self.engine.gradients)
+        self.division.reduce(self.engine.gradients)
         outcome, rows = self._gate(step, attempt, computation)
         if outcome.decision is Decision.ROLL_BACK:
             self._roll_back(rows)
             return None
-        self._settle(step - 1)
+        self.checkpoints.settle(step - 1, rows)
         if outcome.decision is Decision.COMMIT:
             record = self._commit(step, outcome, rows)
-            self._report(record, computation, outcome, begun, sensed)
+            times = Times(begun, sensed, time.monotonic())
+            attempts = self.executions.pop(step)
+            norm = outcome.norm / self.group.world
+            self.daemon.step(step_record(record, computation, norm, attempts, times))
             return None
-        return Held(self.seat.generation, step, attempt, computation, original), outcome
+        return Held(self.seat.generation, step, attempt, computation, original, self.transaction.state), outcome
 
     def _compute(self, step: int, attempt: int) -> tuple[Computation, str]:
         self._enter(step, "forward")
@@ -169,25 +175,19 @@ class Trainer:
             attempt=attempt,
             alarm=computation.alarm if computation else False,
             reading=computation.reading if computation else 0.0,
-            squared_norm=self._squared_norm() if computation else 0.0,
+            squared_norm=self.division.squared_norm(self.engine.gradients) if computation else 0.0,
             previous=record.step,
-            digest=record.digest,
+            digest=self.transaction.attested(),
             loss=computation.loss if computation else 0.0,
             counts=tuple(computation.counts.flatten().tolist()) if computation else (),
+            clock=computation.clock if computation else 0,
+            written=self.checkpoints.written,
         )
         rows = [Row.unpack(values) for values in self.group.gather(row.pack())]
-        return decide(rows), rows
-
-    def _squared_norm(self) -> float:
-        """Of this rank's slice of the summed gradient, in float64."""
-        flat = self.engine.gradients
-        part = -(-flat.numel() // self.group.world)
-        mine = flat[self.group.rank * part : (self.group.rank + 1) * part]
-        return float(torch.linalg.vector_norm(mine, dtype=torch.float64)) ** 2
+        return decide(rows, self.ep), rows
 
     def _commit(self, step: int, outcome: Outcome, rows: list[Row]) -> SlotRecord:
-        if self.capture is not None:
-            self.capture.wait_copied()
+        self.checkpoints.wait_copied()
         self._enter(step, "commit")
         self.strike(step, "commit")
         record = self.transaction.commit(
@@ -202,12 +202,13 @@ class Trainer:
                 router_bias=self._bias(rows),
             ),
             self.engine.link,
+            self.division,
         )
-        self._settle_doubt(record)
+        self.doubt.settle(record)
         self._enter(step, "capture")
         self.strike(step, "capture")
-        if self.capture is not None and (step % self.spec.checkpoint_every == 0 or step == self.spec.steps):
-            self.capture.start(record, self.transaction.state)
+        if step % self.spec.checkpoint_every == 0 or step == self.spec.steps:
+            self.checkpoints.start(record, self.transaction.state)
         return record
 
     def _bias(self, rows: list[Row]) -> Tensor:
@@ -217,11 +218,6 @@ class Trainer:
         counts = torch.tensor([row.counts for row in rows]).sum(0).view(old.shape)
         return torch.stack([updated_bias(b, c, self.settings.bias_gamma) for b, c in zip(old, counts, strict=True)])
 
-    def _settle(self, step: int) -> None:
-        """The gate agreed on the state of `step`."""
-        if self.capture is not None:
-            self.capture.finalise(step)
-
     def _hold(self, held: Held, outcome: Outcome) -> str:
         """Nothing is committed until every suspect has a verdict; afterwards the step is redone, in the trace given."""
         self._enter(held.step, "replay")
@@ -229,7 +225,7 @@ class Trainer:
         for suspect in outcome.suspects:
             trace = self._begin_trace(suspect, "alarm", held.step)
             with self.daemon.span("replay", trace, step=held.step, suspect=suspect, reason=outcome.reason):
-                ruling = self.replayer.judge(self._with_original(held, suspect), suspect)
+                ruling = self.replayer.judge(held, suspect)
             self._act_on(ruling, held, suspect)
         return trace
 
@@ -240,14 +236,6 @@ class Trainer:
             with self.daemon.span(name, "", step=step) as mine:
                 pass  # a mark in time: what follows from it has spans of its own
         return str(self.group.gather_objects(mine)[rank])
-
-    def _with_original(self, held: Held, suspect: int) -> Held:
-        """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh."""
-        if suspect != self.group.rank or held.original:
-            return held
-        self.engine.compute(held.step, suspect, 0, self.engine.gradients)
-        original = gradient_digest(self.engine.gradients)
-        return Held(held.generation, held.step, held.attempt, held.computation, original)
 
     def _act_on(self, ruling: Ruling, held: Held, suspect: int) -> None:
         if ruling.verdict is Verdict.FALSE_ALARM and suspect == self.group.rank:
@@ -264,105 +252,13 @@ class Trainer:
         raise Awaiting(f"{ruling.blamed_node} was not replaced within {REPLACEMENT_S:.0f} s: {ruling.reason}")
 
     def _roll_back(self, rows: list[Row]) -> None:
-        """States of the last commit differ: go back one step, on bits that still hash to their record, and redo it."""
+        """States of the last commit differ: go back one step, and redo it."""
         step = self.transaction.record.step
-        self.rolled_back[step] += 1
-        if self.rolled_back[step] > MAX_ATTEMPTS:
+        if self.doubt.times(step) == MAX_ATTEMPTS:
             raise StepRefused(f"ranks committed different states at step {step} {MAX_ATTEMPTS + 1} times")
         self._enter(step, "restore")
-        if self.capture is not None:
-            self.capture.discard(step)
-            self.capture.close()
-        trace = self._begin_trace(0, "disagreement", step)
-        with self.daemon.span("roll_back", trace, step=step):
-            self.recovery.roll_back()
-        self.doubted = (step, [row.digest for row in rows], trace)
-
-    def _settle_doubt(self, record: SlotRecord) -> None:
-        """After the redo it is plain whose state was wrong."""
-        if self.doubted is None or self.doubted[0] != record.step:
-            return
-        step, digests, _ = self.doubted
-        self.doubted = None
-        wrong = [rank for rank, value in enumerate(digests) if value != record.digest]
-        if self.group.rank == next((r for r in range(self.group.world) if r not in wrong), 0):
-            self.daemon.report(
-                "digest_disagreement",
-                {
-                    "job": self.seat.job,
-                    "generation": self.seat.generation,
-                    "step": step,
-                    "digests": {rank: f"{value:016x}" for rank, value in enumerate(digests)},
-                    "blamed_rank": wrong[0] if len(wrong) == 1 else -1,
-                    "reason": f"step {step} was redone from step {step - 1}; the redo gave {record.digest:016x}",
-                },
-                urgent=True,
-            )
-
-    def _report(
-        self, record: SlotRecord, computation: Computation, outcome: Outcome, begun: float, sensed: float
-    ) -> None:
-        now = time.monotonic()
-        self.daemon.step(
-            {
-                "step": record.step,
-                "time": time.time(),
-                "loss": computation.loss,
-                "grad_norm": outcome.norm / self.group.world,
-                "reading": computation.reading,
-                "checks": computation.checks,
-                "attempts": self.executions.pop(record.step),
-                "digest": f"{record.digest:016x}",
-                "chain": f"{record.chain:016x}",
-                "step_s": now - begun,
-                "gate_s": now - sensed,
-                "tokens": computation.tokens,
-                "expert_load": computation.counts.flatten().tolist(),
-                "fp8": [_summary_body(summary) for summary in computation.fp8],
-            }
-        )
-
-    def _capturer(self) -> Capture:
-        spec = self.spec
-        return Capture(
-            self.storage,
-            self.engine.layout,
-            Manifest(
-                job=spec.job,
-                generation=self.seat.generation,
-                step=0,
-                parent_step=self.recovery.parent_step(),
-                digest="",
-                chain="",
-                preset=spec.preset,
-                seed=spec.seed,
-                world=spec.world,
-                precision=spec.precision,
-                threads=spec.threads,
-                corpus=self.engine.corpus.digest,
-                fingerprint=fingerprint(spec.threads),
-                created=0.0,
-                tensors=(),
-                vocab_size=self.engine.preset.config.vocab_size,
-                pack=spec.pack,
-            ),
-            self.daemon.report,
-        )
+        self.checkpoints.discard(step)
+        self.doubt.roll_back(step, rows, self._begin_trace(0, "disagreement", step))
 
     def _enter(self, step: int, phase: str) -> None:
         self.slots.enter(self.seat.generation, step, phase)
-
-
-def _summary_body(summary: Summary) -> dict[str, Any]:
-    """A summary as it travels: assay.v1.Fp8Summary's fields."""
-    body = asdict(summary)
-    body["pass"] = body.pop("pass_")
-    return body
-
-
-def fingerprint(threads: int) -> str:
-    """What bits depend on besides the job: instruction set, threads, library versions."""
-    return json.dumps(
-        {"isa": torch.backends.cpu.get_cpu_capability(), "threads": threads, "torch": torch.__version__},
-        sort_keys=True,
-    )

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from agent.slots import SlotRecord, Slots
+from agent.training.division import Division
 from agent.training.layout import State, StateLayout
-from agent.training.optimizer import AdamW, update
-from diagnostics.sensors.digest import digest
+from agent.training.optimizer import AdamW
 
 _MASK = (1 << 64) - 1
 #: Words of the meta region in use.
@@ -70,15 +70,22 @@ class Transaction:
         """The state in one slot, whatever it holds."""
         return self._states[slot]
 
-    def commit(self, gradients: Tensor, settings: AdamW, change: Commit, link: LinkOf) -> SlotRecord:
+    def commit(
+        self, gradients: Tensor, settings: AdamW, change: Commit, link: LinkOf, division: Division
+    ) -> SlotRecord:
         """Apply the summed `gradients` (scaled in place) and commit; returns the new record."""
         source = self.current
         target = 1 - source
         old, new = self._states[source], self._states[target]
         before = self.record
         self.slots.invalidate(target)
-        total = update(
-            self.layout,
+        new.router_bias.copy_(old.router_bias)
+        self.layout.bias_rows(new.router_bias).copy_(change.router_bias)
+        new.meta.copy_(old.meta)
+        new.meta[STEP] = change.step
+        new.meta[SAMPLES] += change.samples
+        new.meta[RNG] = change.step
+        state_digest, shard = division.advance(
             old,
             new,
             gradients,
@@ -87,18 +94,23 @@ class Transaction:
             coefficient=change.coefficient,
             settings=settings,
         )
-        new.router_bias.copy_(old.router_bias)
-        self.layout.bias_rows(new.router_bias).copy_(change.router_bias)
-        new.meta.copy_(old.meta)
-        new.meta[STEP] = change.step
-        new.meta[SAMPLES] += change.samples
-        new.meta[RNG] = change.step
-        tail = self.layout.tail
-        state_digest = (total + digest(new.words[tail:], tail)) & _MASK
-        record = SlotRecord(change.generation, change.step, state_digest, link(before.chain, change.step, state_digest))
+        chained = link(before.chain, change.step, state_digest)
+        record = SlotRecord(change.generation, change.step, state_digest, chained, shard)
         self.slots.write_record(target, record)
         self.slots.commit(target)
         return record
+
+    def attested(self) -> int:
+        """Digest of the committed state for the gate to compare.
+
+        Where the state is divided, nobody else updates what this rank holds, so a bit that changed in its memory would
+        spread to all ranks alike: it counts its words as they are now. Where each rank has the whole, the digests
+        after the next update tell.
+        """
+        record = self.record
+        if record.shard is None:
+            return record.digest
+        return (record.digest + self.layout.digest(self.state) - record.own) & _MASK
 
     def adopt(self, slot: int, record: SlotRecord) -> None:
         """Make `slot`, whose contents are complete, the committed one, and distrust the other."""
@@ -113,7 +125,7 @@ class Transaction:
     def verified(self, slot: int) -> SlotRecord | None:
         """The slot's record if its contents hash to it now."""
         record = self.slots.record(slot)
-        if record is None or digest(self._states[slot].words) != record.digest:
+        if record is None or self.layout.digest(self._states[slot]) != record.own:
             return None
         return record
 

@@ -170,7 +170,7 @@ class Fp8Summary(_message.Message):
     def __init__(self, tensor: _Optional[str] = ..., amax: _Optional[float] = ..., amax_module: _Optional[str] = ..., saturation: _Optional[float] = ..., saturation_module: _Optional[str] = ..., underflow: _Optional[float] = ..., underflow_module: _Optional[str] = ..., **kwargs) -> None: ...
 
 class StepRecord(_message.Message):
-    __slots__ = ("step", "time", "loss", "grad_norm", "reading", "checks", "attempts", "digest", "chain", "step_s", "sensor_s", "gate_s", "tokens", "expert_load", "fp8")
+    __slots__ = ("step", "time", "loss", "grad_norm", "reading", "checks", "attempts", "digest", "chain", "step_s", "sensor_s", "gate_s", "tokens", "expert_load", "fp8", "crossing_bytes", "unlimited_bytes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +186,8 @@ class StepRecord(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
     FP8_FIELD_NUMBER: _ClassVar[int]
+    CROSSING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNLIMITED_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     time: float
     loss: float
@@ -201,7 +203,9 @@ class StepRecord(_message.Message):
     tokens: int
     expert_load: _containers.RepeatedScalarFieldContainer[int]
     fp8: _containers.RepeatedCompositeFieldContainer[Fp8Summary]
-    def __init__(self, step: _Optional[int] = ..., time: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., reading: _Optional[float] = ..., checks: _Optional[int] = ..., attempts: _Optional[int] = ..., digest: _Optional[str] = ..., chain: _Optional[str] = ..., step_s: _Optional[float] = ..., sensor_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., tokens: _Optional[int] = ..., expert_load: _Optional[_Iterable[int]] = ..., fp8: _Optional[_Iterable[_Union[Fp8Summary, _Mapping]]] = ...) -> None: ...
+    crossing_bytes: int
+    unlimited_bytes: int
+    def __init__(self, step: _Optional[int] = ..., time: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., reading: _Optional[float] = ..., checks: _Optional[int] = ..., attempts: _Optional[int] = ..., digest: _Optional[str] = ..., chain: _Optional[str] = ..., step_s: _Optional[float] = ..., sensor_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., tokens: _Optional[int] = ..., expert_load: _Optional[_Iterable[int]] = ..., fp8: _Optional[_Iterable[_Union[Fp8Summary, _Mapping]]] = ..., crossing_bytes: _Optional[int] = ..., unlimited_bytes: _Optional[int] = ...) -> None: ...
 
 class StepRecords(_message.Message):
     __slots__ = ("job", "generation", "rank", "records")
@@ -406,7 +410,7 @@ class DigestDisagreement(_message.Message):
     def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., digests: _Optional[_Mapping[int, str]] = ..., blamed_rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Resumed(_message.Message):
-    __slots__ = ("job", "generation", "rank", "step", "source", "digest", "checkpoint")
+    __slots__ = ("job", "generation", "rank", "step", "source", "digest", "checkpoint", "parameter_bytes", "expert_bytes", "optimizer_bytes", "replica_bytes")
     JOB_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -414,6 +418,10 @@ class Resumed(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_BYTES_FIELD_NUMBER: _ClassVar[int]
     job: str
     generation: int
     rank: int
@@ -421,7 +429,11 @@ class Resumed(_message.Message):
     source: str
     digest: str
     checkpoint: str
-    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., rank: _Optional[int] = ..., step: _Optional[int] = ..., source: _Optional[str] = ..., digest: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    parameter_bytes: int
+    expert_bytes: int
+    optimizer_bytes: int
+    replica_bytes: int
+    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., rank: _Optional[int] = ..., step: _Optional[int] = ..., source: _Optional[str] = ..., digest: _Optional[str] = ..., checkpoint: _Optional[str] = ..., parameter_bytes: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., optimizer_bytes: _Optional[int] = ..., replica_bytes: _Optional[int] = ...) -> None: ...
 
 class CheckpointCaptured(_message.Message):
     __slots__ = ("job", "generation", "step", "digest", "stall_s")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from controller.cli.errors import ConditionError, UsageError
-from controller.cli.presets import LAYERS
+from controller.cli.presets import EXPERTS, LAYERS
 from controller.local.plan import OBJECT_STORE_BYTES, port_is_free
 from controller.store.errors import StoreError
 from controller.store.opening import open_store
@@ -77,6 +77,30 @@ def ray() -> None:
     """Ray can be imported; importing it here would cost a second."""
     if importlib.util.find_spec("ray") is None:
         raise ConditionError("Ray is not installed: pip install 'ray>=2.60'")
+
+
+def mesh(text: str | None) -> dict[str, int] | None:
+    """The sizes in `dp=4,ep=2,local=1`, of which only dp is needed. None: no mesh."""
+    if text is None:
+        return None
+    sizes = {"dp": 0, "ep": 1, "local": 1}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if name not in sizes or not equals or not (value.isascii() and value.isdecimal()) or int(value) < 1:
+            raise UsageError(f"--mesh {text}: {part!r} is not dp=, ep= or local= with a whole number, at least 1")
+        sizes[name] = int(value)
+    if not sizes["dp"]:
+        raise UsageError(f"--mesh {text}: dp, the number of ranks, is missing")
+    for inner, outer in (("ep", "dp"), ("local", "ep")):
+        if sizes[outer] % sizes[inner]:
+            raise UsageError(f"--mesh {text}: {inner}={sizes[inner]} does not divide {outer}={sizes[outer]}")
+    return sizes
+
+
+def experts(sizes: dict[str, int] | None, name: str) -> None:
+    """A mesh among whose ranks the preset's experts divide."""
+    if sizes is not None and EXPERTS[name] % sizes["ep"]:
+        raise UsageError(f"--mesh: ep={sizes['ep']} does not divide the {EXPERTS[name]} experts of {name}")
 
 
 def port(number: int | None) -> None:

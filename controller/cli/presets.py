@@ -5,6 +5,8 @@ from types import MappingProxyType
 
 #: Main layers by preset: the range of a drill's `layer`.
 LAYERS: Mapping[str, int] = MappingProxyType({"tiny": 3, "small": 4})
+#: Routed experts of each layer that has some: a mesh divides them.
+EXPERTS: Mapping[str, int] = MappingProxyType({"tiny": 8, "small": 16})
 #: Bytes of training state of one rank: parameters, master weights and two moments in fp32. Twice of it are in slots.
 STATE_BYTES: Mapping[str, int] = MappingProxyType({"tiny": 2_100_000 * 16, "small": 8_500_000 * 16})
 #: Ids of every preset: bytes and eight marks.

@@ -2,75 +2,35 @@
 
 import json
 import os
-import secrets
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from controller.cli import checks, corpus, drills
+from controller.cli import checks, corpus
 from controller.cli.client import Operator
-from controller.cli.errors import INTERRUPTED, OK, CommandError, ConditionError, UnreachableError, UsageError
+from controller.cli.errors import INTERRUPTED, OK, CommandError, UnreachableError
 from controller.cli.follow import Display, follow
+from controller.cli.order import MOST_NODES, Order, new_order, ranks, resumed_order
 from controller.cli.output import output_option, print_json, say
 from controller.cli.presets import LAYERS, state_bytes
 from controller.cli.reading import queries, told
-from controller.cli.rundir import RunDirectory, claimed, load, unused
+from controller.cli.rundir import RunDirectory, claimed, unused
 from controller.cli.session import Session, Stopped, stoppable
 from controller.cli.summary import print_summary
-from controller.core.events import Drill
 from controller.local.plan import Plan, make_plan
-from controller.store.opening import database_url
 
-SPEC_SCHEMA = "assay.job/1"
+#: Ids that a vocabulary may have: rows of `small`'s embedding and head then take 128 GiB of state.
+MOST_IDS = 2**24
 #: Interval of checkpoints, in steps: the main job of 40 steps has four.
 CHECKPOINT_EVERY = 10
-#: torch threads of a rank. Bits depend on it, so it must not follow the machine's number of cores.
-THREADS = 1
-#: Addresses 127.0.0.2 to 127.0.0.254.
-MOST_NODES = 250
 #: Importing, migrating and listening takes the controller about a second; on a crowded machine many.
 CONTROLLER_S = 60.0
 CANCEL_S = 0.5
-#: Options that a resumed run takes from the run directory; given again, they must agree.
-_FROZEN = (
-    "preset",
-    "seed",
-    "precision",
-    "corpus",
-    "tokenizer",
-    "vocab_size",
-    "pack",
-    "sensors",
-    "tolerance_scale",
-    "checkpoint_every",
-)
-#: What run.json lacks if the run is older than the choice.
-_BEFORE = {"tokenizer": None, "vocab_size": None, "pack": "stream", "corpus_digest": None}
-#: Ids that a vocabulary may have: rows of `small`'s embedding and head then take 128 GiB of state.
-MOST_IDS = 2**24
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A run that was checked: what to train, on how many nodes, and where."""
-
-    directory: Path
-    database: str
-    spec: dict[str, Any]
-    nodes: int
-    spares: int
-    port: int | None
-    drills: tuple[Drill, ...]
-
-    @property
-    def job(self) -> str:
-        """The job's id."""
-        return str(self.spec["job"])
 
 
 @click.command("run")
@@ -94,6 +54,7 @@ class Order:
     show_default=True,
     help="Samples cut from one long text, or their documents kept apart.",
 )
+@click.option("--mesh", metavar="dp=N[,ep=N][,local=N]", help="Divide experts and optimizer. [default: whole copies]")
 @click.option("--sensors", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Sense corruption.")
 @click.option("--tolerance-scale", type=float, default=1.0, show_default=True, help="Scales every tolerance.")
 @click.option("--checkpoint-every", default=CHECKPOINT_EVERY, show_default=True, type=click.IntRange(min=1))
@@ -103,6 +64,9 @@ class Order:
 def command(ctx: click.Context, /, texts: tuple[str, ...], form: str, **options: Any) -> int:
     """Train a job on a cluster of its own on this machine."""
     given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    options["mesh"] = checks.mesh(options["mesh"])
+    if options["mesh"] and not options["resume"]:
+        options["nodes"] = ranks(options["mesh"], options["nodes"] if "nodes" in given else None)
     order = resumed_order(options, given, texts) if options["resume"] else new_order(options, texts)
     order = replace(order, spec=corpus.checked(order.spec, order.directory))
     check_machine(order)
@@ -125,52 +89,6 @@ def command(ctx: click.Context, /, texts: tuple[str, ...], form: str, **options:
     if document["status"] == "COMPLETED":
         return OK
     raise CommandError(f"job {order.job} {str(document['status']).lower()}: {document['reason']}")
-
-
-def new_order(options: dict[str, Any], texts: tuple[str, ...]) -> Order:
-    """Check the options of a fresh run. Raises UsageError."""
-    checks.preset(options["preset"])
-    job = f"job-{secrets.token_hex(4)}"
-    directory = (options["directory"] or Path("assay-runs") / job).absolute()
-    unused(directory)
-    spec = {
-        **_BEFORE,
-        "schema": SPEC_SCHEMA,
-        "job": job,
-        "steps": options["steps"],
-        "world": options["nodes"],
-        **_frozen(options),
-        "storage": str(directory / "checkpoints"),
-        "threads": THREADS,
-        "cache": str(directory / "cache"),
-    }
-    database = options["db"] or database_url(directory)
-    return _order(directory, database, spec, options, texts)
-
-
-def resumed_order(options: dict[str, Any], given: set[str], texts: tuple[str, ...]) -> Order:
-    """Take the job from its directory; options that are given must agree, only steps may grow. Raises UsageError."""
-    directory = options["resume"].absolute()
-    run = load(directory)
-    if run.running:
-        raise ConditionError(f"the run in {directory} is still running")
-    if "directory" in given and options["directory"].absolute() != directory:
-        raise UsageError(f"--dir {options['directory']} is not --resume {directory}")
-    known = {**_BEFORE, **run.spec, "nodes": run.nodes, "spares": run.spares, "db": run.database}
-    wanted = {**options, **_frozen(options)}
-    for name in (*_FROZEN, "nodes", "spares", "db"):
-        if name in given and wanted[name] != known[name]:
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} is {known[name]} in the run in {directory}; it cannot become {wanted[name]}")
-    steps = options["steps"] if "steps" in given else run.spec["steps"]
-    if steps < run.spec["steps"]:
-        raise UsageError(f"--steps is {run.spec['steps']} in the run in {directory}; it may only grow")
-    spec = {**_BEFORE, **run.spec, "steps": steps}
-    checks.preset(str(spec["preset"]))
-    checks.corpus(spec["corpus"])
-    checks.tokenizer(spec["tokenizer"])
-    merged = {**options, "nodes": run.nodes, "spares": run.spares, "preset": spec["preset"]}
-    return _order(directory, run.database, spec, merged, texts)
 
 
 def check_machine(order: Order) -> None:
@@ -251,42 +169,6 @@ def _record(order: Order, plan: Plan, pid: int) -> RunDirectory:
         supervisor_pid=pid,
         started_at=time.time(),
     )
-
-
-def _order(
-    directory: Path, database: str, spec: dict[str, Any], options: dict[str, Any], texts: tuple[str, ...]
-) -> Order:
-    nodes, spares = options["nodes"], options["spares"]
-    if nodes + spares > MOST_NODES:
-        raise UsageError(f"{nodes} nodes and {spares} spares are more than the {MOST_NODES} that fit one machine")
-    names = frozenset(f"n{i}" for i in range(nodes + spares))
-    bounds = drills.Bounds(spec["steps"], nodes, names, LAYERS[spec["preset"]])
-    try:
-        made = tuple(drills.parse(text, bounds, _drill_id(text, i)) for i, text in enumerate(texts))
-    except drills.DrillError as error:
-        raise UsageError(str(error)) from error
-    return Order(directory, database, spec, nodes, spares, options["port"], made)
-
-
-def _drill_id(text: str, number: int) -> str:
-    """Names a file on the job's storage; unique over resumed runs."""
-    plain = "".join(c for c in text.partition(":")[0] if c.isascii() and c.isalnum())[:24]
-    return f"{plain}-{number}-{secrets.token_hex(3)}"
-
-
-def _frozen(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "preset": options["preset"],
-        "seed": options["seed"],
-        "precision": options["precision"],
-        "corpus": checks.corpus(options["corpus"]),
-        "tokenizer": checks.tokenizer(options["tokenizer"]),
-        "vocab_size": options["vocab_size"],
-        "pack": options["pack"],
-        "sensors": options["sensors"] == "on",
-        "tolerance_scale": checks.scale(options["tolerance_scale"]),
-        "checkpoint_every": options["checkpoint_every"],
-    }
 
 
 def _otlp() -> str | None:

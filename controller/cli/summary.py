@@ -18,6 +18,7 @@ def print_summary(document: dict[str, Any]) -> None:
             ("speed", f"{document['tokens_per_s']:.0f} tokens/s"),
             ("state digest", document["state_digest"]),
             ("chain digest", document["chain_digest"]),
+            ("state of a rank", _held(document["state_bytes"])),
             ("generations", len(document["generations"])),
             ("checkpoints", ", ".join(f"{c['step']} ({c['trust']})" for c in document["checkpoints"]) or None),
             ("directory", document["dir"]),
@@ -37,6 +38,15 @@ def _result(document: dict[str, Any]) -> str:
     status = str(document.get("status", "")).lower()
     reason = document.get("reason")
     return f"{status}: {reason}" if reason and status != "completed" else status
+
+
+def _held(ranks: list[dict[str, Any]]) -> str | None:
+    """The largest rank's bytes by what they are."""
+    if not ranks:
+        return None
+    largest = max(ranks, key=lambda rank: sum(rank.values()) - rank["rank"])
+    shown = [f"{kind} {value / 1e6:.1f}" for kind, value in largest.items() if kind != "rank" and value]
+    return f"{', '.join(shown)} MB" if shown else None
 
 
 def _nats(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """Events, actions and snapshots as JSON-ready dicts and back, strictly: what cannot be read exactly is refused."""
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from math import isfinite
@@ -135,9 +135,11 @@ def _read_dataclass(kind: type, value: object, where: str) -> Any:
         raise CodecError(where, "an object", value)
     hints = _hints(kind)
     names = [item.name for item in fields(kind)]
-    if set(value) != set(names):
+    # Stored events outlive versions: a field with a default may have been added after one was written.
+    added = {item.name for item in fields(kind) if item.default is not MISSING and issubclass(kind, Event)}
+    if not set(names) - added <= set(value) <= set(names):
         raise CodecError(where, f"the fields {', '.join(names)}", sorted(map(str, value)))
-    return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names if name in value})
 
 
 def _read_scalar(hint: Any, value: object, where: str) -> Any:

@@ -205,7 +205,11 @@ class DigestDisagreement(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(Event):
-    """A rank of a generation found its state: `source` is live, spare, replica, checkpoint or init."""
+    """A rank of a generation found its state: `source` is live, spare, replica, checkpoint or init.
+
+    The bytes are of one state, as the rank holds it: parameters but routed experts, routed experts, both moments, and
+    the replica it keeps of another rank's shard.
+    """
 
     job: str
     generation: int
@@ -214,6 +218,10 @@ class Resumed(Event):
     source: str
     digest: str
     checkpoint: str
+    parameter_bytes: int = 0
+    expert_bytes: int = 0
+    optimizer_bytes: int = 0
+    replica_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

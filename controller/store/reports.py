@@ -29,6 +29,7 @@ class StepRecord:
     `reading` is the worst residual over tolerance; `attempts` is above 1 when the step was redone; `digest` is of the
     state after the commit; `expert_load` counts routed tokens per (MoE layer, expert), row-major; `fp8` has one
     summary for each kind of tensor, and is empty in other precisions and from agents that know of none.
+    `crossing_bytes` left for other nodes in the dispatches of all layers, `unlimited_bytes` would have without groups.
     """
 
     step: int
@@ -46,6 +47,8 @@ class StepRecord:
     tokens: int
     expert_load: tuple[int, ...]
     fp8: tuple[Fp8Summary, ...] = ()
+    crossing_bytes: int = 0
+    unlimited_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

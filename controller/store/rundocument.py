@@ -14,6 +14,8 @@ Document = dict[str, Any]
 # Phases in which the progress word names a step that has not begun: before the first forward of a generation, and
 # between steps.
 NOT_BEGUN = frozenset({"", "idle", "rendezvous", "restore"})
+# Keys of `state_bytes`, and the fields of Resumed that they come from.
+_HELD = {"parameters": "parameter", "experts": "expert", "optimizer": "optimizer", "replica": "replica"}
 
 
 def run(connection: Connection, job: Row[Any], incidents: list[Document]) -> Document:
@@ -41,6 +43,7 @@ def run(connection: Connection, job: Row[Any], incidents: list[Document]) -> Doc
         "generations": generations,
         "checkpoints": [checkpoint(row) for row in kept],
         "placement": steps.placements(connection, job.id),
+        "state_bytes": _state_bytes(connection, job.id),
         "incidents": incidents,
     }
 
@@ -104,6 +107,17 @@ def _under_way(connection: Connection, job: str) -> dict[int, int]:
         if body.get("cause") != "completed" and body.get("phase", "gate") not in NOT_BEGUN:
             found[body["generation"]] = max(found.get(body["generation"], 0), body["step"])
     return found
+
+
+def _state_bytes(connection: Connection, job: str) -> list[Document]:
+    """Find what each rank held of the state when it was last given one."""
+    chosen = select(events.c.body).where(events.c.job == job, events.c.type == "Resumed").order_by(events.c.seq)
+    found: dict[int, Document] = {}
+    for row in connection.execute(chosen):
+        body = json.loads(row.body)
+        held = {name: body.get(f"{kind}_bytes", 0) for name, kind in _HELD.items()}
+        found[body["rank"]] = {"rank": body["rank"], **held}
+    return [found[rank] for rank in sorted(found)]
 
 
 def _digests(committed: list[Document], kept: Iterable[Row[Any]], last: int) -> tuple[str | None, str | None]:

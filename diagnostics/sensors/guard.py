@@ -51,20 +51,20 @@ class Guard:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.log = ReadingLog(self.device)
         self.histories: dict[str, History] = {}
-        self._current: GuardedStep | None = None
+        self.current: GuardedStep | None = None
 
     def step(self, key: int) -> GuardedStep:
         """One step's forward and backward, as a context manager. The same key draws the same signs."""
-        if self._current is not None:
-            self._current.settle()
+        if self.current is not None:
+            self.current.settle()
         self.log.clear()
-        self._current = GuardedStep(self, key)
-        return self._current
+        self.current = GuardedStep(self, key)
+        return self.current
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Alarm in the current step if any element is not finite. One pass, no host sync; no step, no check."""
-        if self._current is not None:
-            self._current.check_finite(name, tensor)
+        if self.current is not None:
+            self.current.check_finite(name, tensor)
 
     def recalibrate(self, alarms: Iterable[Alarm]) -> int:
         """Widen what raised these false alarms to twice the reading, at most WIDEST times the shipped tolerance.
@@ -121,6 +121,12 @@ class GuardedStep:
     def evidence(self) -> list[Statistic]:
         """What was observed, with its robust z: beside an alarm it is evidence, alone it is nothing."""
         return self.settle()[2]
+
+    @property
+    def first_alarm(self) -> int | None:
+        """The number, from 0, of the first check that alarmed; None when clean, and once the next step has begun."""
+        current = self._guard.current is self
+        return None if self.clean or not current else self._guard.log.first_alarm()
 
     @property
     def checks(self) -> int:

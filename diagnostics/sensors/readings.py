@@ -79,6 +79,10 @@ class ReadingLog:
         """Every check with a reading that is `not (reading <= 1)`, in the order the checks were made."""
         return [alarm for segment in self._segments if (alarm := self._alarm(segment)) is not None]
 
+    def first_alarm(self) -> int | None:
+        """The number, from 0, of the first check that alarms."""
+        return next((i for i, segment in enumerate(self._segments) if self._alarm(segment) is not None), None)
+
     def _alarm(self, segment: _Segment) -> Alarm | None:
         rows = self._chunks[segment.chunk][segment.start : segment.start + segment.rows]
         reading = float(rows.amax())

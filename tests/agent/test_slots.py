@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.slots import HEADER, PHASES, SlotRecord, Slots, SlotsError
+from agent.slots import HEADER, PHASES, ShardDigests, SlotRecord, Slots, SlotsError
 
 RECORD = SlotRecord(generation=2, step=7, digest=0xFFFFFFFFFFFFFFFF, chain=3)
 
@@ -31,6 +31,13 @@ def test_a_commit_is_seen_by_another_mapping(slots: Slots) -> None:
     assert other.committed == 1
     assert other.record(1) == RECORD
     assert bytes(other.state(1)[:3]) == b"abc"
+
+
+def test_a_record_of_a_shard_says_what_its_own_bits_hash_to(slots: Slots) -> None:
+    shard = SlotRecord(generation=2, step=7, digest=5, chain=3, shard=ShardDigests(own=2**64 - 1, replica=0))
+    slots.write_record(0, shard)
+    assert slots.record(0) == shard
+    assert (shard.own, RECORD.own) == (2**64 - 1, RECORD.digest)
 
 
 def test_a_slot_under_change_is_no_state_even_if_committed(slots: Slots) -> None:

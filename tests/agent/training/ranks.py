@@ -78,6 +78,7 @@ def _rank(
     endpoint: Any,
     drills: list[Any],
     flip: tuple[int, int, str] | None,
+    byte: int,
 ) -> None:
     from agent.drills import Drill, Drills, Surroundings
     from agent.slots import Slots
@@ -101,14 +102,14 @@ def _rank(
     recorder = Recorder(root / f"rank{rank}.jsonl")
     around = Surroundings(f"n{rank}", 0, 0, 0, Path(parsed.storage), "job", parsed.seed)
     armed = Drills((Drill.parse(body) for body in drills), rank, around, recorder)
-    engine.surround = lambda step, _rank, attempt: armed.surround(engine.model, step, attempt)
+    engine.surround = armed.surround
 
     flips = [flip]
 
     def strike(step: int, phase: str) -> None:
         if (rank, step, phase) in flips:
             flips.clear()
-            flip_state(path)
+            flip_state(path, byte)
         armed.strike(step, phase)
 
     here = Member(f"n{rank}", f"cpu-n{rank}", os.getpid())
@@ -130,6 +131,7 @@ def train(
     generation: int = 1,
     drills: list[dict[str, Any]] | None = None,
     flip: tuple[int, int, str] | None = None,
+    byte: int = 4096,
     timeout: float = 120,
     **changes: Any,
 ) -> tuple[list[int | None], list[list[dict[str, Any]]]]:
@@ -141,7 +143,7 @@ def train(
         (folder / f"rank{rank}.jsonl").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [
-        context.Process(target=_rank, args=(str(folder), spec, generation, rank, endpoint, drills or [], flip))
+        context.Process(target=_rank, args=(str(folder), spec, generation, rank, endpoint, drills or [], flip, byte))
         for rank in range(spec["world"])
     ]
     for process in ranks:

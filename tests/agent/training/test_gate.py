@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.training.gate import Decision, GateError, Row, decide, outvoted
+from agent.training.gate import Decision, GateError, Row, decide
 
 
 def row(**changes: object) -> Row:
@@ -87,6 +87,19 @@ def test_nothing_suspicious_commits(rows: list[Row]) -> None:
         assert outcome.decision is Decision.COMMIT
 
 
-def test_a_majority_outvotes_and_a_tie_does_not() -> None:
-    assert outvoted([1, 1, 2]) == (2,)
-    assert outvoted([1, 2]) == ()
+def test_of_ranks_that_exchange_tokens_those_that_alarmed_first_are_asked() -> None:
+    """A corruption that spread alarms later elsewhere; in another group it cannot have come from here."""
+    rows = [row(alarm=True, clock=4), row(alarm=True, clock=2), row(alarm=True, clock=9), row()]
+    assert decide(rows, ep=2).suspects == (1, 2)
+    assert decide(rows, ep=4).suspects == (1,)
+    assert decide([row(alarm=True, clock=2), row(alarm=True, clock=2)], ep=2).suspects == (0, 1)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=4, max_size=4), st.sampled_from([1, 2, 4]))
+def test_where_a_rank_of_a_group_alarmed_one_of_the_group_is_suspect(ranks: list[tuple[bool, int]], ep: int) -> None:
+    rows = [row(alarm=alarm, clock=clock) for alarm, clock in ranks]
+    outcome = decide(rows, ep)
+    alarmed = {rank for rank, one in enumerate(rows) if one.alarm}
+    assert set(outcome.suspects) <= alarmed
+    assert {rank // ep for rank in outcome.suspects} == {rank // ep for rank in alarmed}
+    assert (outcome.decision is Decision.COMMIT) == (not alarmed)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.training.restore import Choice, Holding, choose
+from agent.training.restore import Choice, Holding, ShardChoice, choose, choose_shards
 
 
 def held(step: int, digest: int = 0) -> Holding:
@@ -45,3 +45,29 @@ def test_no_step_that_all_have_passed_is_lost(ranks: list[tuple[int, bool]], fro
         assert choice is not None
         assert choice.state.step == min(alive)
         assert choice.state.step >= max(alive) - 1
+
+
+def test_the_shard_of_a_lost_rank_is_with_its_neighbour() -> None:
+    every = [[held(9), held(8)] for _ in range(4)]
+    lost = [*every[:2], [], every[3]]
+    assert choose_shards(lost, lost) == ShardChoice(held(9), (0, 1, 3), (0, 1, 3))
+    assert choose_shards(every, [[], [], [], []]) == ShardChoice(held(9), (0, 1, 2, 3), ())
+
+
+def test_without_the_neighbour_it_is_gone() -> None:
+    two = [[held(9), held(8)], [held(9), held(8)], [], []]
+    assert choose_shards(two, two) is None
+
+
+def test_a_neighbour_that_is_behind_holds_the_step_before() -> None:
+    """Rank 2 was lost before it had passed on step 9, so rank 3 never committed it."""
+    own = [[held(9), held(8)], [held(9), held(8)], [], [held(8), held(7)]]
+    assert choose_shards(own, own) == ShardChoice(held(8), (0, 1, 3), (0, 1, 3))
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=8))
+def test_shards_are_found_unless_two_neighbours_are_lost(alive: list[bool]) -> None:
+    holdings = [[held(9), held(8)] if living else [] for living in alive]
+    choice = choose_shards(holdings, holdings)
+    gone = any(not living and not alive[(rank + 1) % len(alive)] for rank, living in enumerate(alive))
+    assert (choice is None) == gone

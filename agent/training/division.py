@@ -1,0 +1,88 @@
+"""How the ranks of a generation divide a step's reduction and update among themselves: all do all of it."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from agent.slots import ShardDigests
+from agent.training.collective import Group
+from agent.training.layout import State, StateLayout
+from agent.training.optimizer import AdamW, update
+from diagnostics.sensors.digest import digest
+
+_MASK = (1 << 64) - 1
+
+
+class Division(Protocol):
+    """What the step needs to know of where gradients are summed and states updated."""
+
+    def reduce(self, gradients: Tensor) -> None:
+        """Sum float32 [flat] over the ranks in place, at least where this rank optimises. Raises PeerLost."""
+
+    def squared_norm(self, gradients: Tensor) -> float:
+        """This rank's part of the reduced gradient's squared norm, in float64; over all ranks they add up to it."""
+
+    def advance(
+        self,
+        old: State,
+        new: State,
+        gradients: Tensor,
+        *,
+        step: int,
+        lr: float,
+        coefficient: float,
+        settings: AdamW,
+    ) -> tuple[int, ShardDigests | None]:
+        """Write the state after `step` into `new`, whose biases and meta are already there.
+
+        Returns the 64-bit digest of the job's state, and those of the shard if it is divided. Raises PeerLost.
+        """
+
+    def settle(self, state: State) -> tuple[int, ShardDigests | None]:
+        """Complete a state that was restored: replicas are made, digests taken as `advance` gives them.
+
+        Raises PeerLost.
+        """
+
+
+class Replicated:
+    """Every rank sums all gradients and updates a whole state of its own."""
+
+    def __init__(self, layout: StateLayout, group: Group) -> None:
+        self._layout = layout
+        self._group = group
+
+    def reduce(self, gradients: Tensor) -> None:
+        """Sum in place, bucket by bucket in a fixed order."""
+        self._group.reduce(gradients)
+
+    def squared_norm(self, gradients: Tensor) -> float:
+        """Each rank takes an equal part of the elements."""
+        part = -(-gradients.numel() // self._group.world)
+        return squared(gradients[self._group.rank * part : (self._group.rank + 1) * part])
+
+    def advance(
+        self,
+        old: State,
+        new: State,
+        gradients: Tensor,
+        *,
+        step: int,
+        lr: float,
+        coefficient: float,
+        settings: AdamW,
+    ) -> tuple[int, None]:
+        """One pass over the state, which is hashed while it is written."""
+        layout = self._layout
+        totals = update(layout, old, new, gradients, step=step, lr=lr, coefficient=coefficient, settings=settings)
+        return (sum(totals) + digest(new.words[layout.tail :], layout.tail)) & _MASK, None
+
+    def settle(self, state: State) -> tuple[int, None]:
+        """There is nothing to complete."""
+        return self._layout.digest(state), None
+
+
+def squared(gradients: Tensor) -> float:
+    """Squared norm in float64."""
+    return float(torch.linalg.vector_norm(gradients, dtype=torch.float64)) ** 2
