@@ -38,9 +38,11 @@ PHASES = (
     "verdict",
     "commit",
     "capture",
+    "exchange",
 )
-#: Phases in which a rank waits for others: a rank that stalls here is a victim, not the cause.
-WAITING = frozenset({"rendezvous", "restore", "reduce", "gate", "verdict"})
+#: Phases in which a rank waits for others: a rank that stalls here is a victim, not the cause. On a mesh forward and
+#: commit exchange with other ranks, and are "exchange" meanwhile.
+WAITING = frozenset({"rendezvous", "restore", "reduce", "gate", "verdict", "exchange"})
 
 
 class SlotsError(ValueError):

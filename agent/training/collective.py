@@ -1,6 +1,7 @@
 """The ranks of one generation as a process group: fenced rendezvous, fixed buckets, small exchanges in rank order."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ class Group:
         host, port = endpoint.rsplit(":", 1)
         self.rank = rank
         self.world = world
+        #: Surrounds the exchanges of a mesh, in which this rank depends on others' progress.
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
         try:
             store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=RENDEZVOUS)
             dist.init_process_group(
@@ -71,13 +74,9 @@ class Group:
         """The process group of these ranks; every rank of the generation calls this, members or not."""
         return Subgroup(run(dist.new_group, list(ranks), PATIENCE), len(ranks))
 
-    def reduce_scatter(self, whole: Tensor, own: Tensor) -> None:
-        """Sum `whole` over the ranks; the rank-th of its equal parts arrives in `own`, which may lie in `whole`."""
-        Subgroup(None, self.world).reduce_scatter(whole, own)
-
-    def all_gather(self, whole: Tensor, own: Tensor) -> None:
-        """Put every rank's `own` into `whole`, in rank order; `own` may lie in `whole`."""
-        Subgroup(None, self.world).all_gather(whole, own)
+    def everybody(self) -> "Subgroup":
+        """All ranks of the generation."""
+        return Subgroup(None, self.world)
 
     def shift(self, mine: Tensor, before: Tensor) -> None:
         """Send `mine` to the next rank and receive the previous one's into `before`, around the ring."""
@@ -105,14 +104,14 @@ class Subgroup:
         self.world = world
 
     def reduce_scatter(self, whole: Tensor, own: Tensor) -> None:
-        """As Group's, among these ranks."""
+        """Sum `whole` over the ranks; each gets its equal part, in their order, in `own`, which lies in `whole`."""
         if self.world > 1 and whole.numel():
             summed = torch.empty_like(own)
             run(dist.reduce_scatter_single, summed, whole, dist.ReduceOp.SUM, self.handle)
             own.copy_(summed)
 
     def all_gather(self, whole: Tensor, own: Tensor) -> None:
-        """As Group's, among these ranks."""
+        """Put every rank's `own` into `whole`, in their order; `own` is a part of `whole`."""
         if self.world > 1 and whole.numel():
             run(dist.all_gather_single, whole, own.clone(), self.handle)
 

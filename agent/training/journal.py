@@ -5,7 +5,7 @@ compared with what was sent: it needs no other rank, and no corruption of anothe
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,8 @@ class Journal:
         self._received: list[Tensor] = []
         self._checks: list[int] = []
         self._position: Callable[[], int] = int
+        #: Surrounds a live exchange, in which the rank waits for others.
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
         self._replayed: Sequence[Passage] | None = None
 
     def begin(self, position: Callable[[], int]) -> None:
@@ -81,7 +83,8 @@ class Journal:
         if self._replayed is not None:
             received = self._answer(number, rows, receive)
         else:
-            received = _live(live, rows, send, receive)
+            with self.waiting():
+                received = _live(live, rows, send, receive)
         self._received.append(received)
         return received
 

@@ -84,7 +84,7 @@ class Recovery:
         state = self.transaction.slot_state(0)
         parts = {name: target for name, _, target in self.engine.layout.parts(state)}
         try:
-            self._matches(path, read_manifest(path))
+            check_same_job(self.engine, path, read_manifest(path))
             manifest, arrays = read(path, parts.keys())
         except ShardRefused as refused:
             self._refuse(refused)
@@ -119,18 +119,6 @@ class Recovery:
             urgent=True,
         )
 
-    def _matches(self, path: Path, manifest: Manifest) -> None:
-        """Refuse a checkpoint of another job's data or model, or whose moments are of another type."""
-        engine, spec = self.engine, self.engine.spec
-        mesh = str(spec.mesh or "")
-        wanted = (spec.preset, engine.preset.config.vocab_size, spec.seed, engine.corpus.digest, spec.pack, mesh)
-        found = (manifest.preset, manifest.vocab_size, manifest.seed, manifest.corpus, manifest.pack, manifest.mesh)
-        if found != wanted:
-            told = f"preset, vocab_size, seed, corpus, pack, mesh {wanted}"
-            raise ShardRefused(path, 0, "manifest", told, str(found))
-        if MOMENTS.get(manifest.precision, torch.float32) != self.engine.layout.moments:
-            raise ShardRefused(path, 0, "manifest", f"precision {spec.precision!r}", repr(manifest.precision))
-
     def _from_seed(self) -> str:
         """Step 0: a function of the seed alone."""
         self.transaction.slots.invalidate(0)
@@ -146,3 +134,19 @@ class Recovery:
         found = self.group.gather_objects((record.step, record.digest, record.chain))
         if len(set(found)) > 1:
             raise StateLost(f"ranks restored different states: {found}")
+
+
+def check_same_job(engine: Engine, path: Path, manifest: Manifest) -> None:
+    """Refuse a checkpoint of another job's data, model or mesh, or whose moments are of another type.
+
+    Raises ShardRefused.
+    """
+    spec = engine.spec
+    mesh = str(spec.mesh or "")
+    wanted = (spec.preset, engine.preset.config.vocab_size, spec.seed, engine.corpus.digest, spec.pack, mesh)
+    found = (manifest.preset, manifest.vocab_size, manifest.seed, manifest.corpus, manifest.pack, manifest.mesh)
+    if found != wanted:
+        told = f"preset, vocab_size, seed, corpus, pack, mesh {wanted}"
+        raise ShardRefused(path, 0, "manifest", told, str(found))
+    if MOMENTS.get(manifest.precision, torch.float32) != engine.layout.moments:
+        raise ShardRefused(path, 0, "manifest", f"precision {spec.precision!r}", repr(manifest.precision))

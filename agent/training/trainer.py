@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agent.checkpoint.storage import Storage
 from agent.model.router import updated_bias
-from agent.slots import SlotRecord, Slots
+from agent.slots import WAITING, SlotRecord, Slots
 from agent.training.checkpointing import Checkpoints, WholeCheckpoints, checkpoints
 from agent.training.collective import Group
 from agent.training.doubt import Doubt
@@ -83,6 +83,8 @@ class Trainer:
         self.doubt = Doubt(seat.job, seat.generation, group, self.recovery, daemon)
         self.checkpoints: Checkpoints = WholeCheckpoints(None)
         self.executions: Counter[int] = Counter()
+        self.phase = (0, "rendezvous")
+        group.waiting = engine.journal.waiting = self._waiting
 
     def run(self) -> SlotRecord:
         """Train to the last step; returns its record. Raises PeerLost, StepRefused, Awaiting."""
@@ -261,4 +263,15 @@ class Trainer:
         self.doubt.roll_back(step, rows, self._begin_trace(0, "disagreement", step))
 
     def _enter(self, step: int, phase: str) -> None:
+        self.phase = (step, phase)
         self.slots.enter(self.seat.generation, step, phase)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """An exchange within a phase: whoever stands still in it is not to blame."""
+        step, phase = self.phase
+        if phase not in WAITING:
+            self.slots.enter(self.seat.generation, step, "exchange")
+        yield
+        if phase not in WAITING:
+            self.slots.enter(self.seat.generation, step, phase)

@@ -26,11 +26,12 @@ class Zero1:
         self._mesh = mesh
         peers = [group.among(range(e, mesh.dp, mesh.ep)) for e in range(mesh.ep)]
         self._holders = peers[group.rank % mesh.ep]
+        self._all = group.everybody()
 
     def reduce(self, gradients: Tensor) -> None:
         """Sum the rank's own slices in place; the other elements keep what this rank added."""
         layout = self._layout
-        self._group.reduce_scatter(gradients[: layout.dense], gradients[layout.dense_slice])
+        self._all.reduce_scatter(gradients[: layout.dense], gradients[layout.dense_slice])
         self._holders.reduce_scatter(gradients[layout.dense :], gradients[layout.expert_slice])
 
     def squared_norm(self, gradients: Tensor) -> float:
@@ -51,9 +52,10 @@ class Zero1:
         """Update the slices, gather everybody's, pass the shard to the neighbour, and agree on the whole's digest."""
         layout = self._layout
         hashed = update(layout, old, new, gradients, step=step, lr=lr, coefficient=coefficient, settings=settings)
-        self._group.all_gather(new.parameters[: layout.dense], new.parameters[layout.dense_slice])
-        self._holders.all_gather(new.parameters[layout.dense :], new.parameters[layout.expert_slice])
-        self._replicate(new)
+        with self._group.waiting():
+            self._all.all_gather(new.parameters[: layout.dense], new.parameters[layout.dense_slice])
+            self._holders.all_gather(new.parameters[layout.dense :], new.parameters[layout.expert_slice])
+            self._replicate(new)
         return self._agree(new, (hashed[1] + hashed[2]) & _MASK)
 
     def settle(self, state: State) -> tuple[int, ShardDigests]:
@@ -73,7 +75,8 @@ class Zero1:
         """
         layout = self._layout
         common, experts = layout.common(state), layout.own_experts(state)
-        parts = self._group.gather([_signed(part) for part in (experts, moments)])
+        with self._group.waiting():
+            parts = self._group.gather([_signed(part) for part in (experts, moments)])
         shards = [[part & _MASK for part in row] for row in parts]
         first = {rank % self._mesh.ep: shards[rank][0] for rank in reversed(range(self._mesh.dp))}
         first[layout.rank % self._mesh.ep] = experts

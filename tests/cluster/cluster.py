@@ -14,6 +14,9 @@ ASSAY = [sys.executable, "-m", "controller.cli.main"]
 #: Long enough for a cluster to start and train on a busy machine; a test that needs more is broken.
 PATIENCE_S = 240.0
 
+#: The reference: two ranks, a spare, twenty steps.
+BASE = ("--preset", "tiny", "--nodes", "2", "--spares", "1", "--steps", "20", "--seed", "7")
+
 Document = dict[str, Any]
 
 
@@ -114,3 +117,19 @@ def incident(document: Document, kind: str) -> Document:
     """The one incident of its kind."""
     (found,) = [i for i in document["incidents"] if i["kind"] == kind]
     return dict(found)
+
+
+#: Of the fixture `run`.
+Start = Callable[..., Run]
+
+
+def same_bits(document: Document, clean: Document) -> None:
+    """Both runs committed all their steps, and their states and histories are equal bit for bit."""
+    assert document["committed_steps"] == clean["committed_steps"] == document["steps"]
+    assert document["state_digest"] == clean["state_digest"]
+    assert document["chain_digest"] == clean["chain_digest"]
+
+
+def nodes(document: Document, generation: int) -> dict[int, str]:
+    """Which node had which rank."""
+    return {p["rank"]: p["node"] for p in document["placement"] if p["generation"] == generation}

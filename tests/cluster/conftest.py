@@ -8,10 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import Document, Run, ours, wait_for
-
-#: The reference: two ranks, a spare, twenty steps.
-BASE = ("--preset", "tiny", "--nodes", "2", "--spares", "1", "--steps", "20", "--seed", "7")
+from cluster import BASE, Document, Run, ours, wait_for
 
 
 @pytest.fixture

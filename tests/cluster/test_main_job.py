@@ -5,25 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Document, Run, ask, incident, wait_for
-from conftest import BASE
+from cluster import BASE, Document, Run, Start, ask, incident, nodes, same_bits, wait_for
 
 pytestmark = pytest.mark.cluster
-Start = Callable[..., Run]
-
-
-def same_bits(document: Document, clean: Document) -> None:
-    assert document["committed_steps"] == clean["committed_steps"] == document["steps"]
-    assert document["state_digest"] == clean["state_digest"]
-    assert document["chain_digest"] == clean["chain_digest"]
-
-
-def nodes(document: Document, generation: int) -> dict[int, str]:
-    return {p["rank"]: p["node"] for p in document["placement"] if p["generation"] == generation}
 
 
 def test_the_undisturbed_run(clean: Document, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from agent.checkpoint.storage import ShardRefused, read
 from agent.training import engine as engine_module
 from agent.training.corpus_cache import CorpusError
 from agent.training.engine import Engine
-from agent.training.recovery import Recovery
+from agent.training.recovery import check_same_job
 from agent.training.sampling import shuffled, window_ids
 from agent.training.spec import JobSpec, SpecError
 
@@ -175,9 +175,8 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, changes: dict[str
     )
     other = Engine(spec(tmp_path, **{"corpus": str(path), **changes}))
     for one, refused in ((engine, False), (other, True)):
-        recovery = Recovery(one, None, None, None, None, 1)  # type: ignore[arg-type]
         with pytest.raises(ShardRefused, match="pack") if refused else nullcontext():
-            recovery._matches(tmp_path, manifest)
+            check_same_job(one, tmp_path, manifest)
 
 
 def test_a_vocabulary_follows_into_model_and_layout(tmp_path: Path) -> None:
