@@ -14,6 +14,7 @@ from agent.training.collective import Group
 from agent.training.engine import Computation, Engine, gradient_digest
 from agent.training.layout import State
 from agent.training.roles import Roles
+from diagnostics.health import Verdict
 from diagnostics.verify.votes import Role, Ruling, Vote, decide
 
 #: A spare fetches the state (0.1 s) and recomputes one step; 30 s covers a slow network and a cold worker. The
@@ -86,6 +87,8 @@ class Replayer:
                 unavailable |= {role}
             votes += cast
             ruling = decide(votes, unavailable)
+        if self.engine.spec.mesh and held.attempt == 1:
+            ruling = unless_received(ruling)
         self.roles.close()
         self._publish(held, suspect, votes, ruling)
         return ruling
@@ -195,6 +198,18 @@ class Replayer:
             "step": held.step,
             "rank": suspect,
         }
+
+
+def unless_received(ruling: Ruling) -> Ruling:
+    """The ruling on a first attempt whose rows came from other ranks.
+
+    Votes repeat what a rank made of the rows it received. If all agree and the result is not finite, the rows may have
+    been bad on their way; only an attempt with rows sent again tells that from a fault of the model.
+    """
+    if ruling.verdict is not Verdict.SOFTWARE:
+        return ruling
+    reason = f"{ruling.reason}; what was received may be to blame, so the step is redone"
+    return replace(ruling, verdict=Verdict.UNDECIDED, reason=reason)
 
 
 def recompute(engine: Engine, gradients: Tensor, step: int, rank: int, here: Member, role: Role) -> Vote:

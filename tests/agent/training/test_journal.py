@@ -1,6 +1,7 @@
 """A step's exchanges on record: replayed without another rank, compared with what was sent, dated by the checks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor
 
 from agent.training.collective import PeerLost
 from agent.training.journal import Deviation, Journal, Wire
+from agent.training.replay import unless_received
+from diagnostics.health import Verdict
+from diagnostics.verify.votes import Role, Vote, decide
+
+NOT_FINITE: tuple[tuple[Role, str], ...] = (("original", "n0"), ("suspect", "n0"), ("peer", "n1"))
 
 
 class Doubling:
@@ -99,3 +105,14 @@ def test_a_lost_rank_is_reported_as_one() -> None:
         step(Wire(journal, 1, Lost()), journal)
     with pytest.raises(PeerLost, match="not in this group"):
         step(Wire(journal, 1), journal)
+
+
+def test_agreement_on_what_is_not_finite_is_settled_by_sending_again() -> None:
+    votes = [Vote(role, node, node, 1, "d", True, False) for role, node in NOT_FINITE]
+    ruling = decide(votes)
+    assert ruling.verdict is Verdict.SOFTWARE
+    softened = unless_received(ruling)
+    assert (softened.verdict, softened.blamed_node) == (Verdict.UNDECIDED, None)
+    assert "redone" in softened.reason
+    false_alarm = decide([replace(vote, finite=True) for vote in votes])
+    assert unless_received(false_alarm) is false_alarm
