@@ -17,6 +17,7 @@ from agent.model.linear import Linear
 from agent.model.parallel import Echo, ExpertParallel
 from agent.model.presets import Preset
 from agent.model.v3 import LossOutput
+from agent.training.allocator import keep_memory
 from agent.training.data import Batch, BatchCorrupted, Corpus, CorpusError, sample_ids
 from agent.training.journal import Deviation, Journal, Wire
 from agent.training.layout import State, StateLayout
@@ -69,6 +70,7 @@ class Engine:
 
     def __init__(self, spec: JobSpec, surround: Surround = undisturbed) -> None:
         torch.set_num_threads(spec.threads)
+        keep_memory()
         preset = preset_of(spec)
         self.spec = spec
         self.preset = preset
