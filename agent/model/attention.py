@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from agent.model.config import V3Config
+from agent.model.fused import causal_attention, key_value_heads, query_heads
 from agent.model.linear import Linear
 from agent.model.norm import RMSNorm
-from agent.model.rope import rotate
 
 
 class Attention(nn.Module):
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         time = turns.shape[0]
         query = self._query(x, turns)
         key, value = self._key_value(x, turns)
-        mixed = attend(query, key, value, self.config.softmax_scale, apart)
+        mixed = causal_attention(query, key, value, self.config.softmax_scale, apart)
         heads_last = mixed.view(-1, self.config.num_attention_heads, time, self.config.v_head_dim).transpose(1, 2)
         y: Tensor = self.out(heads_last.reshape(x.shape[0], -1))
         return y
@@ -61,36 +61,9 @@ class Attention(nn.Module):
 
     def _query(self, x: Tensor, turns: Tensor) -> Tensor:
         c = self.config
-        heads = self.queries(x).view(-1, turns.shape[0], c.num_attention_heads, c.qk_head_dim)
-        plain, rotary = torch.split(heads, [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        return _by_head(torch.cat([plain, rotate(rotary, turns)], dim=-1))
+        return query_heads(self.queries(x), turns, c.num_attention_heads, c.qk_rope_head_dim)
 
     def _key_value(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
-        latent, rotary = self.latents(x)
-        shared = rotate(rotary.view(-1, turns.shape[0], 1, c.qk_rope_head_dim), turns)  # k^R: one head for all, no norm
-        expanded = self.kv_b(latent)
-        heads = expanded.view(-1, turns.shape[0], c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim)
-        plain, value = heads.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        key = torch.cat([plain, shared.expand(-1, -1, c.num_attention_heads, -1)], dim=-1)
-        return _by_head(key), _by_head(value)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, apart: Tensor | None = None) -> Tensor:
-    """softmax(causal(scale Q K^T)) V (eq. 10) for [batch * heads, time, dim] operands; softmax in fp32.
-
-    Two batched products rather than the fused kernel: query and value widths differ, for which torch has no fused
-    backward on CPU, and these give the same bits in every process. Pairs that are ``apart`` (bool [batch, time, time])
-    are masked like the future.
-    """
-    time = query.shape[1]
-    future = torch.full((time, time), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
-    if apart is not None:
-        future = future.masked_fill(apart, float("-inf")).repeat_interleave(query.shape[0] // apart.shape[0], 0)
-    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.float().softmax(-1).to(value.dtype), value)
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """[batch, time, heads, dim] -> [batch * heads, time, dim]."""
-    return x.transpose(1, 2).flatten(0, 1)
+        latent, shared = self.latents(x)  # k^R: one head for all, no norm
+        return key_value_heads(self.kv_b(latent), shared, turns, c.num_attention_heads, c.v_head_dim)

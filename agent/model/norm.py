@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from agent.model.fp8 import activation_dtype
+from agent.model.fused import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -22,6 +23,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
-        wide = x.float()
-        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * inverse_rms * self.weight).to(self.out_dtype)
+        return rms_norm(x, self.weight, self.eps, self.out_dtype)

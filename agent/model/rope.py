@@ -52,8 +52,8 @@ def _kept_share(yarn: Yarn, size: int, base: float, device: torch.device | None)
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn each pair (x[2j], x[2j+1]) of [batch, time, heads, d] by ``turns`` [time, d/2]; keeps shape and dtype."""
-    wide = x.float()
-    if any(stride % 2 for stride in wide.stride()[:-1]):  # heads of an odd width: a complex view wants even strides
-        wide = wide.contiguous()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if any(stride % 2 for stride in (*wide.stride()[:-1], wide.storage_offset())):  # heads of an odd width:
+        wide = wide.clone(memory_format=torch.contiguous_format)  # a complex view wants to start and stride evenly
     pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).to(x.dtype)

@@ -13,6 +13,7 @@ from agent.model.block import Block
 from agent.model.config import V3Config
 from agent.model.crossing import Comparison, summed
 from agent.model.fp8 import activation_dtype
+from agent.model.fused import NO_LABEL, cross_entropy
 from agent.model.linear import Linear
 from agent.model.moe import MoE, RouterLoad
 from agent.model.mtp import MTPModule
@@ -21,8 +22,6 @@ from agent.model.packing import Packed, Spans
 from agent.model.parallel.transport import ExpertParallel
 from agent.model.rope import rotation
 from agent.model.router import Router
-
-_NO_LABEL = -100  # cross_entropy's own mark for a position whose label is not asked for
 
 
 class V3Output(NamedTuple):
@@ -112,7 +111,7 @@ class V3(nn.Module):
         """
         self._check(tokens, at_least=1)
         raw, loads = self._trunk(tokens)
-        logits = self._logits(self.norm(raw))
+        logits = self.head(self.norm(raw)).float()
         return V3Output(logits.view(*tokens.shape, -1), self._counts(loads))
 
     def loss(self, tokens: Tensor, documents: Tensor | None = None) -> LossOutput:
@@ -166,17 +165,12 @@ class V3(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens.reshape(-1), self.embedding)
 
-    def _logits(self, normed: Tensor) -> Tensor:
-        logits: Tensor = self.head(normed)
-        return logits.float()
-
     def _cross_entropy(self, normed: Tensor, labels: Tensor, within: Tensor | None = None) -> Tensor:
         """Mean over all labels, or over those ``within`` (bool, as ``labels``) their document; 0 if there is none."""
         if within is None:
-            return F.cross_entropy(self._logits(normed), labels.reshape(-1))
-        kept = labels.masked_fill(~within, _NO_LABEL).reshape(-1)
-        total = F.cross_entropy(self._logits(normed), kept, ignore_index=_NO_LABEL, reduction="sum")
-        return total / within.sum().clamp(min=1)
+            return cross_entropy(self.head(normed), labels.reshape(-1)).mean()
+        kept = labels.masked_fill(~within, NO_LABEL).reshape(-1)
+        return cross_entropy(self.head(normed), kept).sum() / within.sum().clamp(min=1)
 
     def _counts(self, loads: list[RouterLoad]) -> Tensor:
         if not loads:

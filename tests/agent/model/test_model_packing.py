@@ -121,8 +121,10 @@ def test_without_each_part_of_it_documents_would_cross(part: str, monkeypatch: p
     model = model_of()
     wanted = mean_of_each_alone(model, monkeypatch).detach()
     if part == "attention":
-        whole = attention_module.attend
-        monkeypatch.setattr(attention_module, "attend", lambda q, k, v, scale, _apart: whole(q, k, v, scale))
+        whole = attention_module.causal_attention
+        monkeypatch.setattr(
+            attention_module, "causal_attention", lambda q, k, v, scale, _apart: whole(q, k, v, scale, None)
+        )
     elif part == "labels":
         monkeypatch.setattr(Spans, "within", lambda self, ahead: torch.ones(2, TIME, dtype=torch.bool))
     elif part == "balance":
@@ -186,10 +188,10 @@ def test_without_documents_no_operation_is_added() -> None:
     with Operations() as packed:
         model.loss(tokens, documents)
     attentions, routers = CONFIG.num_hidden_layers + DEPTH, CONFIG.num_moe_layers
-    for name, extra in (("masked_fill.Scalar", attentions), ("bmm.default", 2 * routers), ("ne.Tensor", 1)):
+    for name, extra in (("masked_fill_.Scalar", attentions), ("bmm.default", 2 * routers), ("ne.Tensor", 1)):
         counts = [operations.seen.count(f"aten.{name}") for operations in (plain, packed)]
         assert counts[1] - counts[0] >= extra, name
-    assert plain.seen.count("aten.bmm.default") == attentions + routers  # values, and gathering experts
+    assert plain.seen.count("aten.bmm.default") == 2 * attentions + routers  # and gathering experts
     assert plain.seen.count("aten.masked_fill.Scalar") == routers  # node-limited routing's own
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM
 
 from agent.model import V3, Yarn, huggingface
-from agent.model import attention as attention_module
+from agent.model.fused import heads as heads_module
 
 LOGITS = 1e-5
 GRADIENTS = 1e-4
@@ -162,12 +162,12 @@ def test_the_comparison_fails_without_biases() -> None:
 def test_the_comparison_fails_when_pairs_are_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     d = base()
     theirs, tokens = reference(d), tokens_for(d)
-    ours, rotate = ours_of(theirs, d), attention_module.rotate
+    ours, rotate = ours_of(theirs, d), heads_module.rotate
 
     def halves(x: Tensor, turns: Tensor) -> Tensor:
         return rotate(x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2), turns)
 
-    monkeypatch.setattr(attention_module, "rotate", halves)
+    monkeypatch.setattr(heads_module, "rotate", halves)
     assert apart(theirs, ours, tokens) > 10 * LOGITS
     theirs.config.rope_interleave = False  # and so it would be, had the weights been made for halves
     assert apart(theirs, ours, tokens) < LOGITS
