@@ -36,7 +36,8 @@ class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
         values = widened(x)
-        inverse = values.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        length: Tensor = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        inverse = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (values * inverse).mul_(weight).to(out_dtype)
 
@@ -46,7 +47,7 @@ class _RMSNorm(Function):
         x, weight, inverse = ctx.saved_tensors
         unit = widened(x) * inverse
         g = widened(grad)
-        by_weight = (g * unit).flatten(0, -2).sum(0)
-        g = g * weight
-        along = (g * unit).mean(-1, keepdim=True)
-        return g.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), by_weight, None, None
+        both = (g * unit).flatten(0, -2)  # its columns sum to one gradient, its rows to the mean in the other
+        along = torch.mv(both, weight).mul_(1 / x.shape[-1]).view_as(inverse)
+        by_input = (g * weight).addcmul_(unit, along, value=-1).mul_(inverse)
+        return by_input.to(x.dtype), both.sum(0), None, None

@@ -109,9 +109,9 @@ def plain_heads(flat: Tensor) -> Tensor:
 MANY = torch.arange(40).remainder(30) - 1  # among them labels that are not asked for
 DOCUMENTS = torch.tensor([[0] * 200 + [1] * 100, [0] * 140 + [1] * 160])
 APART = DOCUMENTS.unsqueeze(2) != DOCUMENTS.unsqueeze(1)
-SEQUENCES = ((4, 300, 6), (4, 300, 6), (4, 300, 5))  # three blocks of queries, the last of them not whole
+SEQUENCES = ((4, 300, 6), (4, 300, 6), (4, 300, 5))  # five blocks of queries, the last of them not whole
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
-    "norm": (lambda x, w: rms_norm(x, w, 1e-3, x.dtype), plain_norm, ((50, 64), (64,))),
+    "norm": (lambda x, w: rms_norm(x, w.float(), 1e-3, x.dtype), plain_norm, ((50, 64), (64,))),
     "cross entropy": (
         lambda x: cross_entropy(x, MANY),
         lambda x: F.cross_entropy(x, MANY, ignore_index=NO_LABEL, reduction="none"),
