@@ -12,10 +12,13 @@ SCHEMA = "assay.bench/1"
 
 @dataclass
 class Figure:
-    """One published figure; keys that do not apply are null. `better` is "lower" or "higher"."""
+    """One published figure; keys that do not apply are null. `better` is "lower" or "higher".
+
+    A value that a missing peer left unknown is null, and its target not met.
+    """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     better: str
     target: float | None = None
@@ -26,7 +29,9 @@ class Figure:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        if self.target is not None and self.met is None:
+        if self.target is not None and self.value is None:
+            self.met = False
+        elif self.target is not None and self.value is not None and self.met is None:
             self.met = self.value >= self.target if self.better == "higher" else self.value <= self.target
 
 
