@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from agent.model import PRESETS, V3
+from agent.training.engine import loss_scale
 from benchmarks._figures import Figure, document
 from diagnostics.faults.inject import Injector
 from diagnostics.faults.spec import OPS, FaultSpec, Kind
@@ -27,12 +28,14 @@ from diagnostics.sensors.digest import digest, digest_bytes
 from diagnostics.sensors.guard import Guard
 
 PRESET = PRESETS["tiny"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 # The faults that must never escape (fault, bit); 30 is the drill's default bit.
 ABOVE: list[tuple[Kind, int]] = [("tile", 30), ("stuck", 30), ("scale", 30), ("bitflip", 30)]
 FP32_BITS = (20, 21, 22, 23, 26, 31)
 # bf16 rounds away what an fp32 check would see: these are measured, without a target.
 BF16_BITS = (16, 18, 20, 21, 22, 23, 26, 31)
+# FP8 products are checked as fp32 sums, before they are rounded to bf16: what fp32 must see, they must.
+BITS = {"fp32": FP32_BITS, "bf16": BF16_BITS, "fp8": FP32_BITS}
 SEED = 20_000  # none of the seeds the tolerances were calibrated on
 HASH_BYTES = 64 << 20  # well outside the caches
 
@@ -46,6 +49,7 @@ class Bench:
         self.model.initialise(SEED)
         self.guard = Guard(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PRESET.peak_lr, betas=(0.9, 0.95))
+        self.scale = loss_scale(PRESET) if precision == "fp8" else 1.0
 
     def tokens(self, seed: int) -> torch.Tensor:
         """Repetitive tokens int64 [batch, time]: a loss that falls, so that later steps look like training."""
@@ -53,12 +57,17 @@ class Bench:
         words = torch.randint(0, 256, (32,), generator=torch.Generator().manual_seed(1))
         return words[torch.randint(0, 32, (PRESET.micro_batch, PRESET.sample_len), generator=generator)]
 
+    def backward(self, tokens: torch.Tensor) -> None:
+        """Forward and backward, of a scaled loss in FP8, as the engine makes them."""
+        total = self.model.loss(tokens).total
+        torch.autograd.backward(total, total.new_full((), self.scale))
+
     def is_seen(self, spec: FaultSpec) -> bool:
         """Whether an alarm names the very product that was corrupted."""
         self.model.zero_grad()
         injector = Injector(self.model, spec)
         with injector, self.guard.step(SEED + spec.seed) as step:
-            torch.autograd.backward(self.model.loss(self.tokens(spec.seed)).total)
+            self.backward(self.tokens(spec.seed))
         if injector.fired is None:
             raise RuntimeError(f"{spec} did not fire")
         place = (injector.fired["module"], spec.op)
@@ -68,8 +77,12 @@ class Bench:
         """Train one step; (checks, alarms)."""
         self.optimizer.zero_grad()
         with self.guard.step(SEED + key) as step:
-            torch.autograd.backward(self.model.loss(self.tokens(key)).total)
+            self.backward(self.tokens(key))
         alarms = len(step.alarms)
+        if self.scale != 1.0:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:  # an expert without tokens has none
+                    parameter.grad.mul_(1 / self.scale)
         self.optimizer.step()
         return step.checks, alarms
 
@@ -80,11 +93,11 @@ class Bench:
         begin = time.perf_counter()
         if guarded:
             with self.guard.step(key) as step:
-                torch.autograd.backward(self.model.loss(tokens).total)
+                self.backward(tokens)
             if not step.clean:
                 raise RuntimeError(f"false alarm: {step.alarms[0]}")
         else:
-            torch.autograd.backward(self.model.loss(tokens).total)
+            self.backward(tokens)
         return time.perf_counter() - begin
 
 
@@ -97,13 +110,12 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 def recall(bench: Bench, each: int, tick: Callable[[], None]) -> Iterator[Figure]:
     """Share of faults seen, by pass and fault; last, what all that must be seen prove together."""
-    bits = FP32_BITS if bench.precision == "fp32" else BF16_BITS
-    cases: list[tuple[Kind, int]] = [*ABOVE, *(("bitflip", bit) for bit in bits)]
+    cases: list[tuple[Kind, int]] = [*ABOVE, *(("bitflip", bit) for bit in BITS[bench.precision])]
     all_seen = all_cast = 0
     for (fault, bit), op in itertools.product(cases, OPS):
         seen = sum(bench.is_seen(FaultSpec(None, op, fault, bit, seed)) for seed in range(each))
         tick()
-        must = bench.precision == "fp32" or (fault, bit) in ABOVE
+        must = bench.precision != "bf16" or (fault, bit) in ABOVE
         all_seen, all_cast = all_seen + must * seen, all_cast + must * each
         name = f"recall {bench.precision} {op} {fault}" + (f" bit {bit}" if fault == "bitflip" else "")
         yield Figure(name, seen / each, "share", "higher", 1.0 if must else None, coverage="every linear", samples=each)
@@ -194,8 +206,8 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: list[Figure] = []
     with Progress(console=Console(file=sys.stderr)) as progress:
-        cases = sum(3 * (len(ABOVE) + len(bits)) for bits in (FP32_BITS, BF16_BITS))
-        bar = progress.add_task("sensors", total=cases + 2 * (steps + pairs))
+        cases = sum(3 * (len(ABOVE) + len(bits)) for bits in BITS.values())
+        bar = progress.add_task("sensors", total=cases + len(BITS) * (steps + pairs))
 
         def tick() -> None:
             progress.advance(bar)

@@ -77,7 +77,7 @@ class Engine:
         self.journal = Journal()
         self.corpus = _corpus(spec, preset.config.vocab_size)
         self.surround = surround
-        self._loss_scale = _loss_scale(preset) if spec.precision == "fp8" else 1.0
+        self._loss_scale = loss_scale(preset) if spec.precision == "fp8" else 1.0
         self._window = preset.sample_len
         self._samples = self.corpus.total(self._window)
         self._packed = spec.pack == "documents"
@@ -223,7 +223,7 @@ def _corpus(spec: JobSpec, vocabulary: int) -> Corpus:
     return corpus
 
 
-def _loss_scale(preset: Preset) -> float:
+def loss_scale(preset: Preset) -> float:
     """What the loss is multiplied by for an FP8 backward: about the positions it is a mean over, as a power of two.
 
     The mean makes a token's gradient so small that whole blocks lie below the least amax of FP8's scales, 1e-4:
