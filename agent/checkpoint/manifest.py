@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -65,13 +66,36 @@ class Manifest:
                 raise ManifestError(f"the check {check} over contents that give {_check(document)}")
             if document.pop("schema", None) != SCHEMA:
                 raise ManifestError(f"another schema than {SCHEMA}")
-            entries = tuple(TensorEntry(**{**e, "shape": tuple(e["shape"])}) for e in document.pop("tensors"))
+            entries = _entries(document.pop("tensors"))
             wanted = {f.name for f in fields(cls) if f.default is MISSING or f.name in document} - {"tensors"}
             return cls(tensors=entries, **{name: document[name] for name in wanted})
         except ManifestError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(f"damage: {error!r}") from error
+
+
+def entries_to_json(entries: Sequence[TensorEntry]) -> str:
+    """A list of tensors with a check of what it says, until a manifest takes it in."""
+    document = [asdict(entry) for entry in entries]
+    return json.dumps({"tensors": document, "check": _check(document)}) + "\n"
+
+
+def entries_from_json(text: str) -> tuple[TensorEntry, ...]:
+    """Parse; raises ManifestError if anything in it is not as it was written."""
+    try:
+        document = json.loads(text)
+        if document["check"] != _check(document["tensors"]):
+            raise ManifestError(f"the check {document['check']} over other contents")
+        return _entries(document["tensors"])
+    except ManifestError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"damage: {error!r}") from error
+
+
+def _entries(listed: Any) -> tuple[TensorEntry, ...]:
+    return tuple(TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in listed)
 
 
 def _check(document: Any) -> str:

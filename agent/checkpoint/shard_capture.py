@@ -1,5 +1,6 @@
 """Capture where the state is divided: every rank writes its shard; one of them publishes when all have."""
 
+import threading
 import time
 
 from agent.checkpoint.capture import Capture, Job, Report
@@ -13,8 +14,8 @@ from agent.training.shards import ShardLayout
 class ShardCapture(Capture):
     """Like Capture, on every rank of a mesh.
 
-    `written` is the newest step of which this rank's shard lies on storage. The ranks tell each other at the gate; when
-    all have written a step that the gate agreed on, rank 0 calls `publish`.
+    `written` is the step of which this rank's shard lies on storage. The ranks tell each other at the gate; when
+    all have written a step that the gate agreed on, every rank calls `publish`, and rank 0 does.
     """
 
     def __init__(self, storage: Storage, layout: ShardLayout, describe: Manifest, report: Report) -> None:
@@ -29,6 +30,8 @@ class ShardCapture(Capture):
 
     def start(self, record: SlotRecord, state: State) -> None:
         """Begin to capture this rank's shard of `state`; the capture before must have been published or abandoned."""
+        self.close()
+        self.written = 0  # the same step may be captured again, after a roll-back
         super().start(record, state)
         self._pending, self._begun = record, time.monotonic()
 
@@ -38,19 +41,30 @@ class ShardCapture(Capture):
         return None if self._pending is None else self._pending.step
 
     def publish(self) -> None:
-        """All shards of the pending step are written, and the gate agreed on it: rank 0 makes it a checkpoint."""
+        """All shards of the pending step are written, and the gate agreed on it: rank 0 makes it a checkpoint.
+
+        In the capture's thread, which is done with writing; `close` waits for it.
+        """
         record, self._pending = self._pending, None
         if record is None or self._rank != 0:
             return
+        self.close()
+        self._thread = threading.Thread(target=self._assemble, args=(record,), name="publish", daemon=True)
+        self._thread.start()
+
+    def abandon(self) -> None:
+        """Some rank could not write its shard of the pending step: there will be no such checkpoint."""
+        record, self._pending = self._pending, None
+        if record is not None and self._rank == 0:
+            self._storage.abandon(record.step, record.generation)
+
+    def _assemble(self, record: SlotRecord) -> None:
         try:
             aside, manifest = self._storage.assemble(self._manifest(record), self._ranks)
             self._publish(aside, manifest, self._begun)
         except (OSError, Fenced, ShardRefused) as error:
             self._failed(record.step, error)
-
-    def abandon(self) -> None:
-        """Some rank could not write its shard of the pending step: there will be no such checkpoint."""
-        self._pending = None
+            self._storage.abandon(record.step, record.generation)
 
     def discard(self, step: int) -> None:
         """The state of `step` did not hold: a capture of it is dropped, once this rank has stopped writing it."""

@@ -1,12 +1,11 @@
 """A job's checkpoints on storage: written aside, published by one rename, fenced by generation, else refused."""
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from agent.checkpoint.manifest import NAME, Manifest, ManifestError, TensorEntry
+from agent.checkpoint.manifest import NAME, Manifest, ManifestError, TensorEntry, entries_from_json, entries_to_json
 from diagnostics.sensors.multilinear import digest_bytes
 
 _MASK = (1 << 64) - 1
@@ -57,13 +56,16 @@ class Storage:
             if highest > generation:
                 raise Fenced(f"generation {highest} owns {self.folder}; this is {generation}")
             self._fence_file.write_text(str(generation))
+            for left in self.folder.glob("writing-*"):  # by generations that can publish no more
+                if left.name != f"{left.name.rpartition('-')[0]}-{generation}":
+                    shutil.rmtree(left, ignore_errors=True)
 
     def write(self, manifest: Manifest, tensors: Mapping[str, NDArray[np.generic]]) -> Path:
         """Write everything aside and force it to storage; `publish` makes it a checkpoint."""
         aside = self._aside(manifest.step, manifest.generation)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(dict(tensors), aside / SHARD)
+        _save(tensors, aside / SHARD)
         (aside / NAME).write_text(manifest.to_json())
         for path in (aside / SHARD, aside / NAME, aside):
             _sync(path)
@@ -80,9 +82,9 @@ class Storage:
         """Write one rank's shard aside, with a list of what it holds, and force both to storage."""
         aside = self._aside(step, generation)
         aside.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), aside / shard_name(rank))
+        _save(tensors, aside / shard_name(rank))
         listed = aside / _LISTED.format(rank)
-        listed.write_text(json.dumps([asdict(entry) for entry in entries]))
+        listed.write_text(entries_to_json(entries))
         for path in (aside / shard_name(rank), listed, aside):
             _sync(path)
 
@@ -93,7 +95,10 @@ class Storage:
         """
         aside = self._aside(manifest.step, manifest.generation)
         lists = [aside / _LISTED.format(rank) for rank in range(ranks)]
-        entries = [TensorEntry(**{**e, "shape": tuple(e["shape"])}) for p in lists for e in json.loads(p.read_text())]
+        try:
+            entries = [entry for path in lists for entry in entries_from_json(path.read_text())]
+        except (OSError, UnicodeDecodeError, ManifestError) as error:
+            raise ShardRefused(aside, manifest.step, "the shards' lists", "what was written", str(error)) from error
         total = sum(int(entry.digest, 16) for entry in entries) & _MASK
         if f"{total:016x}" != manifest.digest:
             raise ShardRefused(aside, manifest.step, "shards", manifest.digest, f"{total:016x}")
@@ -104,6 +109,10 @@ class Storage:
         for path in (aside / NAME, aside):
             _sync(path)
         return aside, whole
+
+    def abandon(self, step: int, generation: int) -> None:
+        """Remove what was written aside of a checkpoint that there will not be."""
+        shutil.rmtree(self._aside(step, generation), ignore_errors=True)
 
     def _aside(self, step: int, generation: int) -> Path:
         return self.folder / f"writing-{step:08d}-{generation}"
@@ -210,6 +219,14 @@ def read_manifest(path: Path) -> Manifest:
 def tensor_digest(array: NDArray[np.generic], word: int) -> int:
     """The tensor's part of the state's digest; `word` is where it starts, in 32-bit words."""
     return digest_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, word)
+
+
+def _save(tensors: Mapping[str, NDArray[np.generic]], path: Path) -> None:
+    """Write a safetensors file. Raises OSError, whatever stopped it: the library's own error is none."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _sync(path: Path) -> None:

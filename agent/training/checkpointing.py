@@ -111,8 +111,11 @@ class ShardCheckpoints:
         self._capture.close()
         if pending is None:
             return
-        if all(row == [pending] for row in self._group.gather([self.written])):
+        with self._group.waiting():
+            rows = self._group.gather([self.written])
+        if all(row == [pending] for row in rows):
             self._capture.publish()
+            self._capture.close()
         else:
             self._capture.abandon()
 

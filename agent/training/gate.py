@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 #: int64 fields of a row before its expert counts.
-FIELDS = 11
+FIELDS = 12
 
 
 class GateError(RuntimeError):
@@ -28,6 +28,7 @@ class Row:
 
     `reading` is its worst reading; `alarm` is `not (reading <= 1)`, taken before any reduction so that NaN counts.
     `squared_norm` is that of its slice of the reduced gradient; `digest` is of the state committed at `previous`.
+    `intact` is false if the rank's memory holds other bits than it committed, where it looks: on a mesh, at every gate.
     `clock` counts the exchanges of expert parallelism before its first alarm, 0 without any. `written` is the newest
     step of which its shard of a checkpoint lies on storage. `counts` are the routed tokens of its own batch per (MoE
     layer, expert).
@@ -45,6 +46,7 @@ class Row:
     counts: tuple[int, ...]
     clock: int = 0
     written: int = 0
+    intact: bool = True
 
     def pack(self) -> list[int]:
         """The row as FIELDS + len(counts) signed 64-bit integers; floats by their bits."""
@@ -60,6 +62,7 @@ class Row:
             _bits(self.loss),
             self.clock,
             self.written,
+            int(self.intact),
             *self.counts,
         ]
 
@@ -78,6 +81,7 @@ class Row:
             loss=_float(values[8]),
             clock=values[9],
             written=values[10],
+            intact=bool(values[11]),
             counts=tuple(values[FIELDS:]),
         )
 
@@ -114,6 +118,8 @@ def decide(rows: Sequence[Row], ep: int = 1) -> Outcome:
     if len({row.digest for row in rows}) > 1:
         listed = ", ".join(f"rank {rank} {row.digest:016x}" for rank, row in enumerate(rows))
         return Outcome(Decision.ROLL_BACK, f"states of step {head.previous} differ: {listed}")
+    if changed := [rank for rank, row in enumerate(rows) if not row.intact]:
+        return Outcome(Decision.ROLL_BACK, f"step {head.previous} changed in memory: ranks {changed}")
     suspects = _suspects(rows, ep)
     if suspects:
         return Outcome(Decision.REPLAY, "sensor alarm", suspects=suspects)

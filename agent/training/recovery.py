@@ -72,7 +72,7 @@ class Recovery:
         paths = self.group.gather_objects([str(path) for path in self.storage.published()])[0]
         for path in paths:
             manifest = self._load(Path(path))
-            if all(self.group.gather_objects(manifest is not None)) and manifest and self._take(manifest):
+            if all(self.group.gather_objects(manifest is not None)) and manifest and self._take(Path(path), manifest):
                 return "checkpoint"
             if self.group.rank == 0:
                 self.storage.set_aside(Path(path), self.generation)
@@ -86,6 +86,9 @@ class Recovery:
         try:
             check_same_job(self.engine, path, read_manifest(path))
             manifest, arrays = read(path, parts.keys())
+            for name, target in parts.items():
+                if arrays[name].shape != tuple(target.shape):
+                    raise ShardRefused(path, manifest.step, name, f"{arrays[name].shape}", f"room for {target.shape}")
         except ShardRefused as refused:
             self._refuse(refused)
             return None
@@ -94,11 +97,13 @@ class Recovery:
             target.copy_(torch.from_numpy(arrays[name]))
         return manifest
 
-    def _take(self, manifest: Manifest) -> bool:
+    def _take(self, path: Path, manifest: Manifest) -> bool:
         """Adopt what `_load` filled in, if all ranks' parts together are the state that the manifest names."""
         value, shard = self.division.settle(self.transaction.slot_state(0))
         record = SlotRecord(self.generation, manifest.step, int(manifest.digest, 16), int(manifest.chain, 16), shard)
         if not all(self.group.gather_objects(value == record.digest)):
+            if self.group.rank == 0:
+                self._refuse(ShardRefused(path, manifest.step, "state", manifest.digest, f"{value:016x}"))
             return False
         self.transaction.adopt(0, record)
         return True

@@ -52,7 +52,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A step that the gate holds, on one rank: its own computation, and its digest if it alarmed."""
+    """A step that the gate holds, on one rank: its own computation, and its digest if it alarmed.
+
+    `state` is the committed one; on a mesh `replica` is what the neighbour's shard in it must hash to.
+    """
 
     generation: int
     step: int
@@ -60,6 +63,7 @@ class Held:
     computation: Computation
     original: str
     state: State
+    replica: int = 0
 
 
 class Replayer:
@@ -87,7 +91,8 @@ class Replayer:
                 unavailable |= {role}
             votes += cast
             ruling = decide(votes, unavailable)
-        if self.engine.spec.mesh and held.attempt == 1:
+        mesh = self.engine.spec.mesh
+        if mesh is not None and mesh.ep > 1 and held.attempt == 1:
             ruling = unless_received(ruling)
         self.roles.close()
         self._publish(held, suspect, votes, ruling)
@@ -97,7 +102,8 @@ class Replayer:
         """The vote of that role, from a rank or a spare; none if nobody can cast it."""
         voter = self._voter(role, suspect)
         if voter is not None:
-            self.roles.hand_over(held.state, suspect, voter)
+            if not self.roles.hand_over(held.state, held.replica, suspect, voter):
+                return []
             return self._exchange(held, suspect, {voter: role})
         vote = None if self.engine.spec.mesh else self._from_spare(held, suspect, role, votes)
         return [] if vote is None else [vote]
@@ -106,7 +112,7 @@ class Replayer:
         """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh."""
         if suspect != self.group.rank or held.original:
             return held
-        self.roles.hand_over(held.state, suspect, suspect)
+        self.roles.hand_over(held.state, held.replica, suspect, suspect)
         with self.roles.acting(held.state, suspect) as engine:
             vote = recompute(engine, self._scratch_buffer(), held.step, suspect, self.members[suspect], "original")
         return replace(held, original=vote.digest)

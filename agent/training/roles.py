@@ -32,15 +32,35 @@ class Roles:
         """Forget the last suspect."""
         self._record = self._experts = None
 
-    def hand_over(self, state: State, suspect: int, voter: int) -> None:
-        """Bring the suspect's record, and its experts, to the voter. Every rank calls this. Raises PeerLost."""
+    def hand_over(self, state: State, replica: int, suspect: int, voter: int) -> bool:
+        """Bring the suspect's record and experts to the voter; False, on every rank, if that cannot be done.
+
+        It cannot where the replica of the experts does not hash to `replica` any more: a vote from it would be one
+        about the memory it lies in. Every rank calls this, but for a suspect's own vote, which needs no other.
+        Raises PeerLost.
+        """
         if self._mesh is None:
-            return
+            return True
         if self._record is None and self.group.rank == suspect:
             self._record = self.engine.journal.record()
-        if voter != suspect:
-            self._hand_record(suspect, voter)
-            self._hand_experts(state, suspect, voter)
+        if voter == suspect:
+            return True
+        if not self._intact(state, replica, suspect):
+            return False
+        self._hand_record(suspect, voter)
+        self._hand_experts(state, suspect, voter)
+        return True
+
+    def _intact(self, state: State, replica: int, suspect: int) -> bool:
+        """Whether the rank after the suspect still has the replica it was given."""
+        layout = self.engine.layout
+        assert isinstance(layout, ShardLayout)
+        keeps = self.group.rank == self._keeper(suspect)
+        sound = layout.digest_replica(state) == replica if keeps else True
+        return bool(self.group.gather([int(sound)])[self._keeper(suspect)][0])
+
+    def _keeper(self, suspect: int) -> int:
+        return (suspect + 1) % self.group.world
 
     @contextmanager
     def acting(self, state: State, suspect: int) -> Iterator[Engine]:
@@ -81,14 +101,13 @@ class Roles:
     def _hand_experts(self, state: State, suspect: int, voter: int) -> None:
         layout = self.engine.layout
         assert isinstance(layout, ShardLayout)
-        assert self._mesh is not None
-        keeper = (suspect + 1) % self._mesh.dp
+        keeper = self._keeper(suspect)
         if self.group.rank == keeper:
-            self._experts = layout.replicated(state)[0]
+            self._experts = layout.replica_experts(state)
         if voter == keeper:
             return
         if self.group.rank == keeper:
-            self.group.send(layout.replicated(state)[0], voter)
+            self.group.send(layout.replica_experts(state), voter)
         elif self.group.rank == voter:
             self._experts = torch.empty(layout.expert)
             self.group.receive(self._experts, keeper)

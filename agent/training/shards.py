@@ -58,13 +58,12 @@ class ShardLayout(StateLayout):
         return digest_of(state.words, self.regions[2:4])
 
     def digest_replica(self, state: State) -> int:
-        """Digest of the neighbour's words: what its `own_experts` and `own_moments` add up to."""
+        """Digest of the replica: what the neighbour's `own_experts` and `own_moments` add up to, if it is one."""
         return digest_of(state.replica, self.replica_regions)
 
-    def replicated(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """The replica as experts (float32 [expert]), exp_avg, exp_avg_sq (int32 words)."""
-        first, second = self.expert, self.expert + self.region
-        return state.replica[:first].view(torch.float32), state.replica[first:second], state.replica[second:]
+    def replica_experts(self, state: State) -> Tensor:
+        """The neighbour's experts, float32 [expert]."""
+        return state.replica[: self.expert].view(torch.float32)
 
     def writes(self, name: str) -> bool:
         """Moments by their owner, experts by their first rank, the rest divided among the ranks by turns."""

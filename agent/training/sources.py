@@ -90,9 +90,8 @@ class ShardSource:
         replicas = [_holding(r) for slot in (0, 1) if (r := self._verified_replica(slot))]
         gathered = self._group.gather_objects((own, replicas))
         choice = choose_shards([o for o, _ in gathered], [r for _, r in gathered])
-        if choice is None:
+        if choice is None or not self._take(choice, generation):
             return None
-        self._take(choice, generation)
         return "live" if self._group.rank in choice.holders else "replica"
 
     def return_to(self, step: int, generation: int) -> None:
@@ -102,9 +101,8 @@ class ShardSource:
         mine = [[_holding(r)] if r else [] for r in (record, replica)]
         gathered = self._group.gather_objects(mine)
         choice = agreed_shards([o for o, _ in gathered], [r for _, r in gathered], step)
-        if choice is None:
+        if choice is None or not self._take(choice, generation):
             raise StateLost(f"the shards of step {step} are not all there, unharmed")
-        self._take(choice, generation)
 
     def _verified_replica(self, slot: int) -> SlotRecord | None:
         """The slot's record, if the replica in it hashes to what it says."""
@@ -114,7 +112,8 @@ class ShardSource:
         found = self._layout.digest_replica(self._transaction.slot_state(slot))
         return record if found == record.shard.replica else None
 
-    def _take(self, choice: ShardChoice, generation: int) -> None:
+    def _take(self, choice: ShardChoice, generation: int) -> bool:
+        """Put the state together; False, on every rank, if that gave other bits than its record names."""
         rank, layout = self._group.rank, self._layout
         holds = rank in choice.holders
         slot = _slot_of(self._transaction, choice.state) if holds or rank in choice.keepers else 0
@@ -129,10 +128,11 @@ class ShardSource:
             self._give(state.words[: layout.dense], choice.holders[0], state.words[: layout.dense], lacking)
             self._give(state.words[layout.tail :], choice.holders[0], state.words[layout.tail :], lacking)
         found, shard = self._division.settle(state)
-        if found != choice.state.digest:
-            raise StateLost(f"step {choice.state.step} was put together to other bits than its record")
         wanted = choice.state
+        if not all(self._group.gather_objects(found == wanted.digest)):
+            return False
         self._transaction.adopt(slot, SlotRecord(generation, wanted.step, wanted.digest, wanted.chain, shard))
+        return True
 
     def _give(self, mine: Tensor, giver: int, target: Tensor, taker: int) -> None:
         if self._group.rank == giver:

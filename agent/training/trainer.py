@@ -84,6 +84,7 @@ class Trainer:
         self.checkpoints: Checkpoints = WholeCheckpoints(None)
         self.executions: Counter[int] = Counter()
         self.phase = (0, "rendezvous")
+        self.own = 0  # digest of this rank's words at the last gate
         group.waiting = engine.journal.waiting = self._waiting
 
     def run(self) -> SlotRecord:
@@ -154,8 +155,12 @@ class Trainer:
             attempts = self.executions.pop(step)
             norm = outcome.norm / self.group.world
             self.daemon.step(step_record(record, computation, norm, attempts, times))
+            self._capture(record)
             return None
-        return Held(self.seat.generation, step, attempt, computation, original, self.transaction.state), outcome
+        shard = self.transaction.record.shard
+        replica = 0 if shard is None else shard.replica
+        state = self.transaction.state
+        return Held(self.seat.generation, step, attempt, computation, original, state, replica), outcome
 
     def _compute(self, step: int, attempt: int) -> tuple[Computation, str]:
         self._enter(step, "forward")
@@ -171,6 +176,7 @@ class Trainer:
         self._enter(step, "gate")
         self.strike(step, "gate")
         record = self.transaction.record
+        self.own = self.transaction.own()
         row = Row(
             generation=self.seat.generation,
             step=step,
@@ -179,11 +185,12 @@ class Trainer:
             reading=computation.reading if computation else 0.0,
             squared_norm=self.division.squared_norm(self.engine.gradients) if computation else 0.0,
             previous=record.step,
-            digest=self.transaction.attested(),
+            digest=record.digest,
             loss=computation.loss if computation else 0.0,
             counts=tuple(computation.counts.flatten().tolist()) if computation else (),
             clock=computation.clock if computation else 0,
             written=self.checkpoints.written,
+            intact=self.own == record.own,
         )
         rows = [Row.unpack(values) for values in self.group.gather(row.pack())]
         return decide(rows, self.ep), rows
@@ -207,11 +214,13 @@ class Trainer:
             self.division,
         )
         self.doubt.settle(record)
-        self._enter(step, "capture")
-        self.strike(step, "capture")
-        if step % self.spec.checkpoint_every == 0 or step == self.spec.steps:
-            self.checkpoints.start(record, self.transaction.state)
         return record
+
+    def _capture(self, record: SlotRecord) -> None:
+        self._enter(record.step, "capture")
+        self.strike(record.step, "capture")
+        if record.step % self.spec.checkpoint_every == 0 or record.step == self.spec.steps:
+            self.checkpoints.start(record, self.transaction.state)
 
     def _bias(self, rows: list[Row]) -> Tensor:
         """Router bias after the step, from all ranks' counts (arXiv 2412.19437, section 2.1.2)."""
@@ -260,7 +269,7 @@ class Trainer:
             raise StepRefused(f"ranks committed different states at step {step} {MAX_ATTEMPTS + 1} times")
         self._enter(step, "restore")
         self.checkpoints.discard(step)
-        self.doubt.roll_back(step, rows, self._begin_trace(0, "disagreement", step))
+        self.doubt.roll_back(step, rows, self.own, self._begin_trace(0, "disagreement", step))
 
     def _enter(self, step: int, phase: str) -> None:
         self.phase = (step, phase)

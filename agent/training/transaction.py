@@ -10,7 +10,6 @@ from agent.training.division import Division
 from agent.training.layout import State, StateLayout
 from agent.training.optimizer import AdamW
 
-_MASK = (1 << 64) - 1
 #: Words of the meta region in use.
 SEED, STEP, SAMPLES, RNG = range(4)
 #: (previous chain, step, state digest) -> the next link.
@@ -100,17 +99,14 @@ class Transaction:
         self.slots.commit(target)
         return record
 
-    def attested(self) -> int:
-        """Digest of the committed state for the gate to compare.
+    def own(self) -> int:
+        """Digest of this rank's words of the committed state: as they are now, where the state is divided.
 
-        Where the state is divided, nobody else updates what this rank holds, so a bit that changed in its memory would
-        spread to all ranks alike: it counts its words as they are now. Where each rank has the whole, the digests
-        after the next update tell.
+        Nobody else updates what a rank of a mesh holds, so a bit that changed in its memory would spread to all alike.
+        Where each rank has the whole, the digests after the next update tell, and it is the committed one.
         """
         record = self.record
-        if record.shard is None:
-            return record.digest
-        return (record.digest + self.layout.digest(self.state) - record.own) & _MASK
+        return record.digest if record.shard is None else self.layout.digest(self.state)
 
     def adopt(self, slot: int, record: SlotRecord) -> None:
         """Make `slot`, whose contents are complete, the committed one, and distrust the other."""

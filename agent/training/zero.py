@@ -81,7 +81,8 @@ class Zero1:
         first = {rank % self._mesh.ep: shards[rank][0] for rank in reversed(range(self._mesh.dp))}
         first[layout.rank % self._mesh.ep] = experts
         whole = common + sum(first.values()) + sum(row[1] for row in shards)
-        replica = layout.digest_replica(state)
+        # What the replica must hash to is the owner's word, not what arrived here.
+        replica = sum(shards[(layout.rank - 1) % self._mesh.dp]) & _MASK if self._mesh.dp > 1 else 0
         return whole & _MASK, ShardDigests((common + experts + moments) & _MASK, replica)
 
 

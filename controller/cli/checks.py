@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ OTHER_BYTES = 150_000_000
 #: Two state slots and one replica of a rank.
 SLOTS = 3
 SHARED_MEMORY = Path("/dev/shm")
+_SIZE = re.compile(r"[1-9][0-9]{0,5}")
 
 
 def preset(name: str) -> str:
@@ -83,14 +85,17 @@ def mesh(text: str | None) -> dict[str, int] | None:
     """The sizes in `dp=4,ep=2,local=1`, of which only dp is needed. None: no mesh."""
     if text is None:
         return None
-    sizes = {"dp": 0, "ep": 1, "local": 1}
+    given: dict[str, int] = {}
     for part in text.split(","):
-        name, equals, value = part.partition("=")
-        if name not in sizes or not equals or not (value.isascii() and value.isdecimal()) or int(value) < 1:
+        name, _, value = part.partition("=")
+        if name not in ("dp", "ep", "local") or not _SIZE.fullmatch(value):
             raise UsageError(f"--mesh {text}: {part!r} is not dp=, ep= or local= with a whole number, at least 1")
-        sizes[name] = int(value)
-    if not sizes["dp"]:
+        if name in given:
+            raise UsageError(f"--mesh {text}: {name} is there twice")
+        given[name] = int(value)
+    if "dp" not in given:
         raise UsageError(f"--mesh {text}: dp, the number of ranks, is missing")
+    sizes = {"dp": given["dp"], "ep": given.get("ep", 1), "local": given.get("local", 1)}
     for inner, outer in (("ep", "dp"), ("local", "ep")):
         if sizes[outer] % sizes[inner]:
             raise UsageError(f"--mesh {text}: {inner}={sizes[inner]} does not divide {outer}={sizes[outer]}")

@@ -47,6 +47,12 @@ def test_disagreement_about_the_last_commit_comes_before_alarms() -> None:
     assert outcome.decision is Decision.ROLL_BACK
 
 
+def test_memory_that_changed_is_rolled_back_also_where_there_is_one_rank() -> None:
+    outcome = decide([row(intact=False, alarm=True)])
+    assert outcome.decision is Decision.ROLL_BACK
+    assert "step 4 changed in memory: ranks [0]" in outcome.reason
+
+
 @pytest.mark.parametrize("field", ["generation", "step", "attempt", "previous"])
 def test_rows_that_do_not_belong_together_are_refused(field: str) -> None:
     with pytest.raises(GateError, match="rank 1"):

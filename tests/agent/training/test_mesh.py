@@ -136,10 +136,24 @@ def test_a_lost_node_is_made_good_by_its_neighbour_and_two_by_a_checkpoint(home:
     assert {(e["source"], e["step"]) for e in kinds(reports, "resumed")} == {("checkpoint", 2)}
 
 
+def layout_of(rank: int) -> ShardLayout:
+    place = ExpertParallel(rank % 2, Echo(2), Echo(1))
+    return ShardLayout(V3(PRESETS["tiny"].config, parallel=place), Mesh(4, 2), rank)
+
+
+def test_a_replica_that_changed_in_memory_casts_no_vote(home: Path, clean: Reports) -> None:
+    """Rank 2 would repeat rank 1's step with experts that are not rank 1's any more, and accuse it."""
+    byte = 4 * layout_of(2).words + 4096
+    drills = [sdc(3, 1, op="fprop", bit="30")]
+    codes, reports = train(home / "replica", drills=drills, flip=(2, 3, "forward"), byte=byte, **PAIRS)
+    assert (codes, end(reports)) == (FINE, end(clean))
+    (ruling,) = kinds(reports, "replay_result")
+    assert (ruling["verdict"], ruling["blamed_node"]) == ("UNDECIDED", "")
+    assert [vote["node"] for vote in ruling["votes"]] == ["n1", "n1"]
+
+
 def test_an_expert_that_changed_in_memory_is_rolled_back_and_blamed(home: Path, clean: Reports) -> None:
-    mesh = Mesh(4, 2)
-    model = V3(PRESETS["tiny"].config, parallel=ExpertParallel(1, Echo(2), Echo(1)))
-    byte = 4 * ShardLayout(model, mesh, 1).dense + 4096
+    byte = 4 * layout_of(1).dense + 4096
     codes, reports = train(home / "flipped", flip=(1, 3, "forward"), byte=byte, **PAIRS)
     assert (codes, end(reports)) == (FINE, end(clean))
     (found,) = kinds(reports, "digest_disagreement")

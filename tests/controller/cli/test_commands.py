@@ -91,6 +91,8 @@ def test_presets_are_those_of_the_model() -> None:
         (["--mesh", "dp=4,tp=2"], "'tp=2' is not dp=, ep= or local="),
         (["--mesh", "dp=0"], "'dp=0' is not dp=, ep= or local= with a whole number"),
         (["--mesh", "4x2"], "'4x2' is not dp="),
+        (["--mesh", "dp=" + "9" * 5000], "is not dp=, ep= or local= with a whole number"),
+        (["--mesh", "dp=2,dp=4"], "dp is there twice"),
         (["--mesh", "dp=4", "--nodes", "2"], "--nodes 2 is not dp=4 of --mesh"),
         (["--mesh", "dp=251"], "250"),
         (["--port", "0"], "--port"),
