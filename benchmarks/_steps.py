@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agent.model import PRESETS, V3, huggingface
+from agent.training.allocator import keep_memory
 from diagnostics.sensors.guard import Guard
 
 #: v3.md's shape: `small` with a vocabulary of 4,096 and no MTP module, which Hugging Face does not train.
@@ -38,18 +39,21 @@ class Variant:
     compiled: bool = False
     experts: str | None = None  # None: as the library comes
     attention: str | None = None
+    keeps: bool = False  # freed memory is kept for the next step, as our ranks keep it
 
 
 OURS = (
-    Variant("ours fp32", torch.float32),
-    Variant("ours fp32, sensors on", torch.float32, sensors=True),
-    Variant("ours bf16", torch.bfloat16),
-    Variant("ours bf16, sensors on", torch.bfloat16, sensors=True),
+    Variant("ours fp32", torch.float32, keeps=True),
+    Variant("ours fp32, sensors on", torch.float32, sensors=True, keeps=True),
+    Variant("ours bf16", torch.bfloat16, keeps=True),
+    Variant("ours bf16, sensors on", torch.bfloat16, sensors=True, keeps=True),
 )
 DEFAULT = Variant("HF default, fp32")
 #: Of the ways that compile in minutes; the other experts are a loop of which every turn is compiled anew (121 s and
 #: 181 s until the first steps were through).
 COMPILED = Variant("HF compiled, bf16", autocast=True, compiled=True, experts="grouped_mm", attention="sdpa")
+#: What Hugging Face gains by our ranks' setting of the allocator, which it does not make itself.
+COMPILED_KEEPING = replace(COMPILED, name="HF compiled, bf16, keeping memory", keeps=True)
 
 
 def transformers_version() -> str | None:
@@ -62,6 +66,14 @@ def transformers_version() -> str | None:
 def tokens() -> Tensor:
     """The same samples for every variant: int64 [BATCH, TIME + 1]."""
     return torch.randint(0, CONFIG.vocab_size, (BATCH, TIME + 1), generator=torch.Generator().manual_seed(SEED))
+
+
+def alone(variant: Variant, threads: int) -> Step:
+    """Prepare this process to take steps of one variant only, as its users would run it."""
+    torch.set_num_threads(threads)
+    if variant.keeps:
+        keep_memory()
+    return step_of(variant)[1]
 
 
 def step_of(variant: Variant) -> tuple[nn.Module, Step]:

@@ -1,8 +1,9 @@
 """Training speed of the V3 model on this machine, beside Hugging Face's on the same shape, tokens and optimizer.
 
 `small` with a vocabulary of 4,096 and no MTP module (8.5 M parameters), 4 x 256 tokens, 2 threads. A step is forward,
-backward, clipping and fused AdamW. All variants take a few steps in turn, so that whatever else the machine does falls
-on all of them. `--vs-hf` adds Hugging Face; without transformers its figures are null and the exit code is 5.
+backward, clipping and fused AdamW. Each variant has a process of its own, set up as its users run it, and all take a
+few steps in turn, so that whatever else the machine does falls on all of them. `--vs-hf` adds Hugging Face; without
+transformers its figures are null and the exit code is 5.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from agent.training.allocator import keep_memory
 from benchmarks import _parts, _steps
 from benchmarks._figures import Figure, document
-from benchmarks._steps import COMPILED, DEFAULT, OURS, TOKENS, Step, Variant
+from benchmarks._steps import COMPILED, COMPILED_KEEPING, DEFAULT, OURS, TOKENS, Step, Variant
 
 THREADS = 2
 MISSING_PEER = 5
 WARM = 3
-#: Steps that a variant takes in a row; the first finds another's data in the caches and in the allocator's free memory.
+#: Steps that a variant takes in a row; the first finds another's data in the caches.
 RUN = 3
 PROFILED = 3  # steps taken apart: the profiler's own bookkeeping takes seconds for each
 #: v3.md's figures of Hugging Face, tokens/s, on the machine that its targets were set with.
@@ -46,16 +50,45 @@ def fastest(candidates: Sequence[Variant], steps: int, tick: Callable[[], None])
     return min(best, key=lambda variant: best[variant])
 
 
+class Alone:
+    """A variant in a process of its own: nothing that one side sets reaches another."""
+
+    def __init__(self, variant: Variant) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(variant, theirs), daemon=True)
+        self._process.start()
+
+    def run(self, steps: int) -> list[float]:
+        """Seconds of so many steps in a row."""
+        self._line.send(steps)
+        taken: list[float] = self._line.recv()
+        return taken
+
+    def close(self) -> None:
+        """End the process."""
+        self._line.send(0)
+        self._process.join()
+
+
+def _serve(variant: Variant, line: Connection[Any, Any]) -> None:
+    step = _steps.alone(variant, THREADS)
+    while steps := line.recv():
+        line.send([_timed(step) for _ in range(steps)])
+
+
 def in_turn(variants: Sequence[Variant], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
     """Seconds of a step by the variant's name, one for each round: the faster of the last two of a run's steps."""
-    steps = {variant.name: _steps.step_of(variant)[1] for variant in variants}
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    made = {variant.name: Alone(variant) for variant in variants}
+    taken: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(1 + rounds):
-        for name, step in steps.items():
-            seconds = [_timed(step) for _ in range(RUN)]
+        for name, one in made.items():
+            seconds = one.run(RUN)
             if turn >= 1:
                 taken[name].append(min(seconds[1:]))
         tick()
+    for one in made.values():
+        one.close()
     return taken
 
 
@@ -89,6 +122,7 @@ def ratios(taken: dict[str, list[float]], peers: bool) -> list[Figure]:
     marks = (
         ("ours bf16", "HF default, fp32", 2.0),
         ("ours bf16", "HF compiled, bf16", 1.4),
+        ("ours bf16", "HF compiled, bf16, keeping memory", None),
         ("ours bf16", "HF autocast bf16", None),
         ("ours fp32", "HF default, fp32", 1.0),
         ("ours bf16, sensors on", "HF default, fp32", None),
@@ -146,8 +180,7 @@ def memory(variants: Sequence[Variant], peers: bool) -> list[Figure]:
 
 def _peak_growth(variant: Variant) -> int:
     """Bytes. The optimizer's moments and the gradients are part of it, for either side."""
-    torch.set_num_threads(THREADS)
-    _, step = _steps.step_of(variant)
+    step = _steps.alone(variant, THREADS)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
     idle = _resident("VmRSS")
     for _ in range(WARM):
@@ -168,7 +201,7 @@ def peers_of(quick: bool, tick: Callable[[], None]) -> list[Variant]:
         for attention in _steps.ATTENTION
     ]
     best = fastest(ways, 1 if quick else 5, tick)
-    return [DEFAULT, best] if quick else [DEFAULT, best, COMPILED]
+    return [DEFAULT, best] if quick else [DEFAULT, best, COMPILED, COMPILED_KEEPING]
 
 
 def main() -> int:
@@ -189,6 +222,7 @@ def main() -> int:
 
         peers = peers_of(flags.quick, tick) if version else []
         taken = in_turn([*peers, *OURS], rounds, tick)
+        keep_memory()  # what follows in this process is ours
         figures = speeds(taken) + ratios(taken, flags.vs_hf) + parts(repeats)
         tick()
         figures += memory([*(p for p in peers if not p.compiled), OURS[0], OURS[2]], flags.vs_hf)
