@@ -16,7 +16,8 @@ from agent.model import PRESETS, V3, huggingface
 from agent.training.allocator import keep_memory
 from diagnostics.sensors.guard import Guard
 
-#: v3.md's shape: `small` with a vocabulary of 4,096 and no MTP module, which Hugging Face does not train.
+#: The shape that the targets were set with: `small` with a vocabulary of 4,096, and no MTP module, which Hugging Face
+#: does not train.
 CONFIG = replace(PRESETS["small"].config, vocab_size=4096, mtp_depth=0)
 BATCH, TIME = 4, 256
 TOKENS = BATCH * TIME

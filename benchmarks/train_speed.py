@@ -33,7 +33,7 @@ WARM = 3
 #: Steps that a variant takes in a row; the first finds another's data in the caches.
 RUN = 3
 PROFILED = 3  # steps taken apart: the profiler's own bookkeeping takes seconds for each
-#: v3.md's figures of Hugging Face, tokens/s, on the machine that its targets were set with.
+#: Hugging Face's figures, tokens/s, on the machine that the targets were set with.
 NOTED = {"HF default, fp32": 4483.0, "HF autocast bf16": 4969.0, "HF compiled, bf16": 6543.0}
 
 
