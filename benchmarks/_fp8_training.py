@@ -15,7 +15,7 @@ from agent.model.linear import Linear
 from agent.model.router import updated_bias
 from agent.training.engine import Engine
 from agent.training.layout import State
-from agent.training.optimizer import AdamW, clip_coefficient, update
+from agent.training.optimizer import AdamW, Pass, clip_coefficient, update
 from agent.training.spec import JobSpec
 
 #: Share of the steps after which the learning rate falls to a tenth by a cosine (section 4.2): at a constant rate the
@@ -122,7 +122,7 @@ def _step(engine: Engine, old: State, new: State, step: int, lr: float) -> float
     result = engine.compute(step, 0, 1, engine.gradients)
     norm = float(torch.linalg.vector_norm(engine.gradients, dtype=torch.float64))
     coefficient = clip_coefficient(norm, settings.clip, 1)
-    update(layout, old, new, engine.gradients, step=step, lr=lr, coefficient=coefficient, settings=settings)
+    update(layout, old, new, engine.gradients, Pass(step, lr, coefficient, settings))
     bias = layout.bias_rows(old.router_bias)
     layout.bias_rows(new.router_bias).copy_(updated_bias(bias, result.counts, settings.bias_gamma))
     return result.loss

@@ -20,6 +20,7 @@ class ShardCapture(Capture):
 
     def __init__(self, storage: Storage, layout: ShardLayout, describe: Manifest, report: Report) -> None:
         super().__init__(storage, layout, describe, report)
+        self._share = layout
         self._rank = layout.rank
         self._ranks = layout.mesh.dp
         self._shard = shard_name(layout.rank)
@@ -73,7 +74,7 @@ class ShardCapture(Capture):
             self._pending, self.written = None, 0
 
     def _write(self, job: Job, entries: list[TensorEntry]) -> None:
-        mine = [entry for entry in entries if self._layout.writes(entry.name)]
+        mine = [entry for entry in entries if self._share.writes(entry.name)]
         names = {entry.name for entry in mine}
         arrays = {name: t.numpy() for name, _, t in self._layout.parts(self._staging) if name in names}
         try:

@@ -8,7 +8,7 @@ from torch import Tensor
 from agent.slots import ShardDigests
 from agent.training.collective import Group
 from agent.training.layout import State, StateLayout
-from agent.training.optimizer import AdamW, update
+from agent.training.optimizer import Pass, update
 from diagnostics.sensors.digest import digest
 
 _MASK = (1 << 64) - 1
@@ -23,18 +23,8 @@ class Division(Protocol):
     def squared_norm(self, gradients: Tensor) -> float:
         """This rank's part of the reduced gradient's squared norm, in float64; over all ranks they add up to it."""
 
-    def advance(
-        self,
-        old: State,
-        new: State,
-        gradients: Tensor,
-        *,
-        step: int,
-        lr: float,
-        coefficient: float,
-        settings: AdamW,
-    ) -> tuple[int, ShardDigests | None]:
-        """Write the state after `step` into `new`, whose biases and meta are already there.
+    def advance(self, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, ShardDigests | None]:
+        """Write the state after the step into `new`, whose biases and meta are already there.
 
         Returns the 64-bit digest of the job's state, and those of the shard if it is divided. Raises PeerLost.
         """
@@ -62,20 +52,10 @@ class Replicated:
         part = -(-gradients.numel() // self._group.world)
         return squared(gradients[self._group.rank * part : (self._group.rank + 1) * part])
 
-    def advance(
-        self,
-        old: State,
-        new: State,
-        gradients: Tensor,
-        *,
-        step: int,
-        lr: float,
-        coefficient: float,
-        settings: AdamW,
-    ) -> tuple[int, None]:
+    def advance(self, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, None]:
         """One pass over the state, which is hashed while it is written."""
         layout = self._layout
-        totals = update(layout, old, new, gradients, step=step, lr=lr, coefficient=coefficient, settings=settings)
+        totals = update(layout, old, new, gradients, change)
         return (sum(totals) + digest(new.words[layout.tail :], layout.tail)) & _MASK, None
 
     def settle(self, state: State) -> tuple[int, None]:

@@ -194,10 +194,6 @@ class StateLayout:
             for span in self.spans
         ]
 
-    def writes(self, name: str) -> bool:
-        """Whether this rank writes the part of that name into a checkpoint; all of it, where it holds all of it."""
-        return bool(name)
-
     @staticmethod
     def _part(flat: Tensor, span: Span) -> Tensor:
         return flat[span.start : span.start + span.size].view(span.shape)

@@ -25,6 +25,16 @@ class AdamW:
     bias_gamma: float = 0.001
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One step's pass over the state: `step` counts from 1, summed gradients are multiplied by `coefficient`."""
+
+    step: int
+    lr: float
+    coefficient: float
+    settings: AdamW
+
+
 def clip_coefficient(norm: float, limit: float, world: int) -> float:
     """What summed gradients are multiplied by: the mean over `world` ranks, scaled so that its norm is at most `limit`.
 
@@ -34,26 +44,17 @@ def clip_coefficient(norm: float, limit: float, world: int) -> float:
     return min(1.0, limit / (mean + 1e-6)) / world
 
 
-def update(
-    layout: StateLayout,
-    old: State,
-    new: State,
-    gradients: Tensor,
-    *,
-    step: int,
-    lr: float,
-    coefficient: float,
-    settings: AdamW,
-) -> tuple[int, int, int]:
-    """Write what this rank optimises after `step` into `new`; returns the 64-bit sums of the hashes of its pieces of
+def update(layout: StateLayout, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, int, int]:
+    """Write what this rank optimises after the step into `new`; returns the 64-bit sums of the hashes of its pieces of
     the parameters and of both moments.
 
-    `gradients` (float32 [flat], summed over ranks) is scaled in place by `coefficient`. Chunks are visited in a fixed
-    order with a fixed size, so the bits depend on the layout alone. bf16 moments are rounded to nearest once a step;
-    beta2 = 0.95 moves the second moment by up to 1/20 of itself, well above their 1/256.
+    `gradients` (float32 [flat], summed over ranks) is scaled in place by the pass's coefficient. Chunks are visited in
+    a fixed order with a fixed size, so the bits depend on the layout alone. bf16 moments are rounded to nearest once a
+    step; beta2 = 0.95 moves the second moment by up to 1/20 of itself, well above their 1/256.
     """
     totals = [0, 0, 0]
-    step_tensor = torch.tensor(float(step))
+    settings = change.settings
+    step_tensor = torch.tensor(float(change.step))
     for chunk in _chunks(layout.pieces):
         part = slice(chunk.start, chunk.stop)
         moment = slice(chunk.moment, chunk.moment + chunk.stop - chunk.start)
@@ -65,12 +66,12 @@ def update(
             output.copy_(source)
         torch._fused_adamw_(  # the kernel behind torch.optim.AdamW(fused=True)
             [outputs[0]],
-            [gradients[part].mul_(coefficient)],
+            [gradients[part].mul_(change.coefficient)],
             [outputs[1]],
             [outputs[2]],
             [],
             [step_tensor],
-            lr=lr,
+            lr=change.lr,
             beta1=settings.beta1,
             beta2=settings.beta2,
             weight_decay=settings.weight_decay if chunk.decay else 0.0,

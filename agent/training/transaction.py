@@ -8,7 +8,7 @@ from torch import Tensor
 from agent.slots import SlotRecord, Slots
 from agent.training.division import Division
 from agent.training.layout import State, StateLayout
-from agent.training.optimizer import AdamW
+from agent.training.optimizer import AdamW, Pass
 
 #: Words of the meta region in use.
 SEED, STEP, SAMPLES, RNG = range(4)
@@ -84,15 +84,8 @@ class Transaction:
         new.meta[STEP] = change.step
         new.meta[SAMPLES] += change.samples
         new.meta[RNG] = change.step
-        state_digest, shard = division.advance(
-            old,
-            new,
-            gradients,
-            step=change.step,
-            lr=change.lr,
-            coefficient=change.coefficient,
-            settings=settings,
-        )
+        applied = Pass(change.step, change.lr, change.coefficient, settings)
+        state_digest, shard = division.advance(old, new, gradients, applied)
         chained = link(before.chain, change.step, state_digest)
         record = SlotRecord(change.generation, change.step, state_digest, chained, shard)
         self.slots.write_record(target, record)

@@ -6,7 +6,7 @@ from agent.slots import ShardDigests
 from agent.training.collective import Group
 from agent.training.division import squared
 from agent.training.layout import State
-from agent.training.optimizer import AdamW, update
+from agent.training.optimizer import Pass, update
 from agent.training.shards import ShardLayout
 
 _MASK = (1 << 64) - 1
@@ -38,20 +38,10 @@ class Zero1:
         """Of the rank's own slices: no element belongs to two ranks."""
         return squared(gradients[self._layout.dense_slice]) + squared(gradients[self._layout.expert_slice])
 
-    def advance(
-        self,
-        old: State,
-        new: State,
-        gradients: Tensor,
-        *,
-        step: int,
-        lr: float,
-        coefficient: float,
-        settings: AdamW,
-    ) -> tuple[int, ShardDigests]:
+    def advance(self, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, ShardDigests]:
         """Update the slices, gather everybody's, pass the shard to the neighbour, and agree on the whole's digest."""
         layout = self._layout
-        hashed = update(layout, old, new, gradients, step=step, lr=lr, coefficient=coefficient, settings=settings)
+        hashed = update(layout, old, new, gradients, change)
         with self._group.waiting():
             self._all.all_gather(new.parameters[: layout.dense], new.parameters[layout.dense_slice])
             self._holders.all_gather(new.parameters[layout.dense :], new.parameters[layout.expert_slice])

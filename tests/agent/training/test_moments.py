@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from agent.training.layout import State, StateLayout
-from agent.training.optimizer import CHUNK, AdamW, update
+from agent.training.optimizer import CHUNK, AdamW, Pass, update
 from diagnostics.sensors.digest import digest
 
 MASK = (1 << 64) - 1
@@ -47,7 +47,7 @@ def gradients(layout: StateLayout, step: int) -> torch.Tensor:
 
 
 def apply(layout: StateLayout, old: State, new: State, step: int) -> int:
-    totals = update(layout, old, new, gradients(layout, step), step=step, lr=1e-3, coefficient=1.0, settings=SETTINGS)
+    totals = update(layout, old, new, gradients(layout, step), Pass(step, 1e-3, 1.0, SETTINGS))
     return sum(totals) & (2**64 - 1)
 
 
