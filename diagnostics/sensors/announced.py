@@ -7,7 +7,9 @@ and which may run in another thread. With nobody watching it costs one question.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +49,36 @@ def watchers(weight: Tensor) -> tuple[Watcher, ...]:
         found: tuple[Watcher, ...] = handle_torch_function(watchers, (weight,), weight)
         return found
     return ()
+
+
+class _Depth(threading.local):
+    """How many announced kernels this thread is inside of."""
+
+    value = 0
+
+
+_depth = _Depth()
+
+
+@contextmanager
+def made(to: Sequence[Watcher]) -> Iterator[None]:
+    """Around the making of a product that will be announced: its parts are not looked at one by one meanwhile.
+
+    What is built of torch's own functions (an emulation, products into shared memory) is then shown once, as a whole.
+    """
+    if not to:
+        yield
+        return
+    _depth.value += 1
+    try:
+        yield
+    finally:
+        _depth.value -= 1
+
+
+def inside_announced() -> bool:
+    """Whether this thread is making a product that will be announced."""
+    return _depth.value > 0
 
 
 def announce(product: Announced, out: Tensor, to: Sequence[Watcher]) -> Tensor:

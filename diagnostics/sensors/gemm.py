@@ -1,109 +1,169 @@
 """The row check of a matrix product: C r = A (W r), for random signs r.
 
-Identity. C = A W, so C r - A (W r) is rounding noise, row by row; two thin products check a whole GEMM. Forward, dgrad
-(dA = G W^T) and wgrad (dW^T = G^T A) are the same identity with other operands.
+Identity. C = alpha A W + beta D, so C r - alpha A (W r) - beta D r is rounding noise, row by row; thin products check a
+whole GEMM. Forward, dgrad (G W^T) and wgrad (G^T A) are the same identity, and so are batched products, batch by batch.
 
-Tolerance of row i, z = 7: z (kappa_output * norm_i + kappa_accumulate * ||A_i|| ||W||_F). The first term is the
-rounding of each element of C to its type and exists for bf16 outputs only; norm_i stands for ||C_i|| but is never
-computed from C, since a corrupted C would raise its own threshold. It comes from probes: E[(A W s)_i^2] = ||C_i||^2 for
-random signs s. The estimate has m = 32 degrees of freedom; to it is added ||A_i||^2 times the batch's mean gain
-(sum of estimates / sum of ||A_i||^2), so that one row's unlucky draw cannot make its tolerance vanish. The second term
-is Cauchy-Schwarz on the fp32 sums, sqrt(K) looser than typical noise, and still 1e-3 of an element or less.
+Tolerance of row i, z = 7: z (kappa_output * norm_i + kappa_accumulate * (|alpha| ||A_i|| ||W||_F + |beta| ||D_i||)).
+The first term is the rounding of each element of C to its type and exists for 16-bit outputs only; norm_i stands for
+||C_i|| but is never computed from C, since a corrupted C would raise its own threshold. It comes from probes:
+E[(C s)_i^2] = ||C_i||^2 for random signs s, with C s made from A, W and D. The estimate has m = 32 degrees of freedom;
+to it is added ||A_i||^2 times the batch's mean gain (sum of estimates / sum of ||A_i||^2), so that one row's unlucky
+draw cannot make its tolerance vanish. The second term is Cauchy-Schwarz on the fp32 sums, sqrt(K) looser than typical
+noise, and still 1e-3 of an element or less.
 
 Sees: any change of C above the floor (a non-finite value always). Does not see: wrong A or W, which both sides share;
-what happens to C after the check; changes below the floor. Cost: about 10 small operations a check in fp32.
+what happens to C after the check; changes below the floor. Cost: in fp32 one pass over each of A, W and C, and the
+norms of A and W where no other product has measured them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 
+from diagnostics.sensors.operand import Operand
+from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.signs import PROBES, Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
+SENSOR = "gemm"
+KERNEL = "mm"
+
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True, slots=True)
-class Operand:
-    """A matrix [m, n] as the check needs it: its own value, an fp32 form, and its norms (fp32, on the device)."""
+class Addend:
+    """beta D of C = alpha A W + beta D, as the check needs it: D r, its rows' norms, and its probes for 16-bit results.
 
-    value: Tensor
-    fp32: Tensor
-    row_norms: Tensor  # [m]
-    norm: Tensor  # []
+    Shapes are those of C's rows, or broadcast against them (a bias is one row).
+    """
+
+    along: Tensor
+    norms: Tensor
+    probed: Tensor | None
 
     @classmethod
-    def of(cls, value: Tensor) -> Operand:
-        """Measure a matrix [m, n] that is read by rows."""
+    def of(cls, value: Tensor, beta: float, columns: int, signs: Signs, rounded: bool) -> Addend:
+        """Measure D, which broadcasts to [..., m, columns]; rounded: whether C has a 16-bit type."""
         fp32 = value.float()
-        rows = torch.linalg.vector_norm(fp32, dim=1)
-        return cls(value, fp32, rows, torch.linalg.vector_norm(rows))
-
-    @classmethod
-    def by_blas(cls, value: Tensor) -> Operand:
-        """Measure an fp32 matrix [m, n] that is read by rows, whatever its strides (see `both_ways` for the way)."""
-        rows = torch.mv(value.square(), value.new_ones(value.shape[1])).sqrt_()
-        return cls(value, value, rows, torch.linalg.vector_norm(rows))
-
-    @classmethod
-    def both_ways(cls, value: Tensor) -> tuple[Operand, Operand]:
-        """Measure a matrix [m, n] that is read by rows and, transposed, by columns.
-
-        One pass makes the squares of both; BLAS sums columns 10 times as fast as a strided norm does.
-        """
-        fp32 = value.float()
-        squares = fp32.square()
-        rows = torch.mv(squares, fp32.new_ones(fp32.shape[1])).sqrt_()
-        columns = torch.mv(squares.t(), fp32.new_ones(fp32.shape[0])).sqrt_()
-        norm = torch.linalg.vector_norm(rows)
-        return cls(value, fp32, rows, norm), cls(value.t(), fp32.t(), columns, norm)
+        if fp32.dim() == 0 or fp32.shape[-1] != columns:
+            fp32 = fp32.expand(*fp32.shape[:-1], columns) if fp32.dim() else fp32.expand(columns)
+        along = torch.matmul(fp32, signs.vector(columns)).mul_(beta)
+        norms = torch.linalg.vector_norm(fp32, dim=-1).mul_(abs(beta))
+        probed = torch.matmul(fp32, signs.probes(columns, torch.float32)).mul_(beta) if rounded else None
+        return cls(along, norms, probed)
 
 
 def row_readings(
     c: Tensor,
     left: Operand,
-    right: Tensor,
-    right_norm: Tensor,
+    right: Operand,
     signs: Signs,
     kappa: Kappa,
-    factor: float,
-    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    plus: Addend | None = None,
 ) -> Tensor:
-    """Readings fp32 [M] of c [M, N] against left [M, K] times right [K, N] (plus bias [N]): |residual| / tolerance.
+    """Readings fp32 [..., M] of c [..., M, N] against left [..., M, K] times right [..., K, N]: |residual| / tolerance.
 
-    `right` may be fp32 or in c's dtype; right_norm is its Frobenius norm []. Never negative; NaN where c, or the
-    prediction, is not finite.
+    Never negative; NaN where c, or the prediction, is not finite.
     """
-    n = c.shape[1]
+    n = c.shape[-1]
     r = signs.vector(n)
-    predicted = torch.mv(left.fp32, torch.mv(right.float(), r))
-    if bias is not None:
-        bias = bias.float()
-        predicted = predicted + torch.dot(bias, r)
-    residual = torch.addmv(predicted, c.float(), r, alpha=-1).abs_()
-    limit = left.row_norms.clamp(min=NORM_FLOOR).mul_(right_norm.clamp(min=NORM_FLOOR))
-    if bias is not None:
-        limit.add_(torch.linalg.vector_norm(bias))
-    limit.mul_(Z * factor * kappa.accumulate_at(max(n, left.value.shape[1])))
+    predicted = _along(left.fp32, torch.matmul(right.fp32, r))
+    if alpha != 1.0:
+        predicted = predicted.mul_(alpha)
+    if plus is not None:
+        predicted = predicted.add_(plus.along)
+    residual = predicted.sub_(torch.matmul(c.float(), r)).abs_()
+    limit = left.row_norms.clamp(min=NORM_FLOOR).mul_(right.norm.clamp(min=NORM_FLOOR).unsqueeze(-1).mul(abs(alpha)))
+    if plus is not None:
+        limit.add_(plus.norms)
+    limit.mul_(Z * kappa.accumulate_at(max(n, left.value.shape[-1])))
     if kappa.output:
-        norms = output_norms(left, right, signs, bias)
-        limit.add_(norms.clamp_(min=NORM_FLOOR), alpha=Z * factor * kappa.output)
+        norms = output_norms(left, right, signs, alpha, plus)
+        limit.add_(norms.clamp_(min=NORM_FLOOR), alpha=Z * kappa.output)
     return residual.div_(limit)
 
 
-def output_norms(left: Operand, right: Tensor, signs: Signs, bias: Tensor | None = None) -> Tensor:
-    """Upper estimate fp32 [M] of the row norms of left times right (+ bias), made without the product itself.
+def output_norms(left: Operand, right: Operand, signs: Signs, alpha: float = 1.0, plus: Addend | None = None) -> Tensor:
+    """Upper estimate fp32 [..., M] of the row norms of alpha left right + plus, made without the product itself.
 
     Runs in the operands' own type: signs are exact in it, and an estimate can bear its rounding.
     """
-    probes = signs.probes(right.shape[1], right.dtype)
-    seen = left.value @ (right @ probes)
-    if bias is not None:
-        seen = seen + bias.to(probes.dtype) @ probes
-    estimate: Tensor = torch.linalg.vector_norm(seen, dim=1, dtype=torch.float32).square_().mul_(1 / PROBES)
+    probes = signs.probes(right.value.shape[-1], right.value.dtype)
+    seen = left.value @ (right.value @ probes)
+    if alpha != 1.0 or (plus is not None and plus.probed is not None):
+        seen = seen.float().mul_(alpha)
+    if plus is not None and plus.probed is not None:
+        seen = seen.add_(plus.probed)
+    estimate: Tensor = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32).square_().mul_(1 / PROBES)
     squares = left.row_norms.square()
-    gain = estimate.sum() / squares.sum().clamp(min=NORM_FLOOR**2)
-    estimate.add_(squares.mul_(gain)).sqrt_()
-    return estimate
+    gain = estimate.sum(-1, keepdim=True) / squares.sum(-1, keepdim=True).clamp(min=NORM_FLOOR**2)
+    return estimate.add_(squares.mul_(gain)).sqrt_()
+
+
+def _along(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """[..., m, n] times [..., n]: [..., m]."""
+    if matrices.dim() == 2:
+        return torch.mv(matrices, vectors)
+    return torch.bmm(matrices, vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def _product(call: Call, bench: Bench) -> Iterable[Checked]:
+    left, right = call.args[0], call.args[1]
+    yield _checked(call.out, left, right, bench)
+
+
+def _added(call: Call, bench: Bench) -> Iterable[Checked]:
+    added, left, right = call.args[:3]
+    beta, alpha = _factors(call.kwargs)
+    plus = call.before
+    if plus is None and beta != 0:
+        plus = Addend.of(added, beta, right.shape[-1], bench.signs, _rounded(call.out))
+    yield _checked(call.out, left, right, bench, alpha, plus)
+
+
+def _before_added(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> Addend | None:
+    """D is written over by the product: it is measured before."""
+    added, right = args[0], args[2]
+    out, (beta, _) = kwargs.get("out", added), _factors(kwargs)
+    if beta == 0 or out.data_ptr() != added.data_ptr():
+        return None
+    return Addend.of(added, beta, right.shape[-1], bench.signs, _rounded(added))
+
+
+def _checked(
+    out: Tensor, left: Tensor, right: Tensor, bench: Bench, alpha: float = 1.0, plus: Addend | None = None
+) -> Checked:
+    if left.dtype != right.dtype or not left.is_floating_point():
+        raise Unsupported(f"a product of {left.dtype} and {right.dtype}")
+    kappa = bench.kappa(KERNEL, out)
+    readings = row_readings(out, bench.operand(left), bench.operand(right), bench.signs, kappa, alpha, plus)
+    return Checked(SENSOR, "out", readings.flatten(), tuple(out.shape))
+
+
+def _factors(kwargs: dict[str, Any]) -> tuple[float, float]:
+    return cast(float, kwargs.get("beta", 1)), cast(float, kwargs.get("alpha", 1))
+
+
+def _rounded(out: Tensor) -> bool:
+    return out.element_size() < 4
+
+
+CHECKS: dict[OpOverloadPacket, Check] = {
+    aten.mm: _product,
+    aten.bmm: _product,
+    aten.addmm: _added,
+    aten.addmm_: _added,
+    aten.baddbmm: _added,
+    aten.baddbmm_: _added,
+}
+BEFORE: dict[OpOverloadPacket, Before] = dict.fromkeys(
+    (aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_), _before_added
+)

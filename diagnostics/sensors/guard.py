@@ -1,65 +1,94 @@
-"""Attaches the sensors to a torch module: every product of a step is checked, and no number is changed."""
+"""Attaches the sensors to a torch module: every operator of a step is looked at, and no number is changed."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from diagnostics.health import Alarm
-from diagnostics.sensors.announced import Announced, watchers
-from diagnostics.sensors.gemm import Operand, row_readings
-from diagnostics.sensors.names import WeightNames
-from diagnostics.sensors.products import Product, backward_node, product_of
+from diagnostics.sensors.coverage import Coverage, CoverageRow
+from diagnostics.sensors.inspection import Inspection
+from diagnostics.sensors.places import Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
-from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.sampling import Sampler
 from diagnostics.sensors.statistics import History, Statistic
-from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening, shipped_table
+from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
+from diagnostics.sensors.watch import Eyes, Keeper
 
-GEMM = "gemm"
 FINITE = "finite"
+_COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
+
+
+class NothingToCheck(RuntimeError):
+    """A guarded step ran no operator that any check covers; the message says what ran and why it was not checked."""
 
 
 class Guard:
-    """Guards a module whose products go through F.linear (nn.Linear included), mm, addmm, 2-D matmul, or are announced.
+    """Guards an ordinary torch module, its forward and its backward, whatever functions they are written with.
 
-    The native kernels run untouched: a function mode watches the forward, hooks on the autograd nodes the backward, so
-    guarded and unguarded steps are bit-equal. One step at a time; the step before is settled when the next begins.
+    The native kernels run untouched, and a dispatch mode looks at what each was given and what it gave: guarded and
+    unguarded steps are bit-equal, under autocast and either kind of activation checkpointing as well. Kernels that no
+    mode can see are guarded when they are announced. One step at a time; the step before is settled when the next
+    begins.
 
-    Raises ValueError when tolerance_scale is not a positive finite number.
+    Args:
+        model: the module.
+        budget: the checks' share of a step's other time, e.g. 0.01; calls are sampled to keep it. None: no limit.
+        tolerance_scale: what every shipped tolerance is multiplied by.
+        enabled: False makes every step a plain one.
+        table: tolerances in place of the shipped ones.
+
+    Raises:
+        ValueError: tolerance_scale or budget is not a positive finite number.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        budget: float | None = None,
         tolerance_scale: float = 1.0,
         enabled: bool = True,
         table: ToleranceTable | None = None,
     ) -> None:
         self.enabled = enabled
-        self.names = WeightNames(model)
+        self.places = Places(model)
+        self.compiled = any(_is_compiled(module) for module in model.modules())
         self.table = table or shipped_table()
         self.widening = Widening(tolerance_scale)
+        self.sampler = Sampler(budget)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.log = ReadingLog(self.device)
         self.histories: dict[str, History] = {}
         self.current: GuardedStep | None = None
+        self.account = Coverage()
+        self.failures = 0  # checks that failed themselves, in all steps
+        self._steps = 0
+        if self.compiled:
+            self.account.note("<compiled>", "fused kernels", _COMPILED)
 
-    def step(self, key: int) -> GuardedStep:
-        """One step's forward and backward, as a context manager. The same key draws the same signs."""
+    def step(self, key: int | None = None) -> GuardedStep:
+        """One step's forward and backward, as a context manager. The same key draws the same signs.
+
+        Without a key steps are numbered. The context raises NothingToCheck at its end when no operator of any step so
+        far was covered by a check.
+        """
         if self.current is not None:
             self.current.settle()
         self.log.clear()
-        self.current = GuardedStep(self, key)
+        self._steps += 1
+        self.current = GuardedStep(self, self._steps if key is None else key)
         return self.current
+
+    def coverage(self) -> list[CoverageRow]:
+        """What was checked in all steps so far, by place, operator and pass, and why the rest was not."""
+        return self.account.rows()
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Alarm in the current step if any element is not finite. One pass, no host sync; no step, no check."""
@@ -86,21 +115,41 @@ class GuardedStep:
     def __init__(self, guard: Guard, key: int) -> None:
         self._guard = guard
         self._key = key
-        self._signs = Signs(key, guard.device)
         self._modes = ExitStack()
+        self._eyes: Eyes | None = None
+        self._begun = 0.0
         self._scalars: dict[str, Tensor] = {}
         self._settled: tuple[float, list[Alarm], list[Statistic], int] | None = None
-        self._left: Operand | None = None
-        self.skipped: dict[str, int] = {}  # products that no check covers, by reason
+        self._inspection = Inspection(
+            key, guard.places, guard.log, guard.account, guard.sampler, guard.table, guard.widening, guard.device
+        )
 
     def __enter__(self) -> GuardedStep:
-        if self._guard.enabled:
-            self._modes.enter_context(_Watch(self))
+        guard = self._guard
+        if guard.enabled:
+            guard.places.begin(self._modes, follow=not guard.compiled)
+            self._eyes = self._modes.enter_context(Eyes(self._inspection))
+            if not guard.compiled:
+                self._modes.enter_context(Keeper(self._eyes))
+            self._begun = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        took = time.perf_counter() - self._begun
         self._modes.close()
-        self._left = None
+        self._inspection.end()
+        guard = self._guard
+        if not guard.enabled:
+            return
+        guard.failures += self._inspection.failures
+        guard.sampler.spent(self._inspection.seconds, took)
+        if kind is None and not guard.account.checked and not len(guard.log):
+            raise NothingToCheck(_nothing(guard.coverage()))
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Calls that their check could not judge, by reason."""
+        return self._inspection.skipped
 
     @property
     def clean(self) -> bool:
@@ -153,6 +202,8 @@ class GuardedStep:
         """Read the device and keep what was seen; later readings of this step are ignored."""
         if self._settled is None:
             log = self._guard.log
+            if self._eyes is not None:
+                self._eyes.open = False
             worst = log.worst()
             alarms = [] if worst <= 1.0 else log.alarms()
             self._settled = (worst, alarms, self._statistics(), len(log))
@@ -167,112 +218,14 @@ class GuardedStep:
             history.add(self._key, value)
         return found
 
-    def forward(self, product: Product, out: Tensor) -> None:
-        """Check a product that was just made, and arrange for its two backward products to be checked."""
-        kappa = self._kappa(out)
-        if kappa is None or self._settled is not None:
-            return
-        with quiet():
-            product = product.in_type_of(out)
-            name = self._guard.names.of(product.weight)
-            left = self._operand(product.left)
-            right_norm = torch.linalg.vector_norm(product.right, dtype=torch.float32)
-            check = _Check(name, product.operation, kappa, right_norm, left.norm)
-            self._check(check, "fprop", out.reshape(-1, out.shape[-1]), left, product.right, right_norm, product.bias)
-        node = backward_node(out)
-        if node is None:
-            if out.requires_grad:
-                self._skip("no mm node behind the result: its backward is not checked")
-            return
-        left_value, right_value = product.left, product.right
 
-        def after(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
-            if grad_outputs[0] is not None and self._settled is None:
-                self._backward(check, left_value, right_value, grad_inputs[-2:], grad_outputs[0])
-
-        node.register_hook(after)
-
-    def announced(self, product: Announced, out: Tensor) -> None:
-        """Check one product that was announced, in whichever pass, against the operands that its kernel saw."""
-        kappa = self._kappa(out, product.operation)
-        if kappa is None or self._settled is not None:
-            return
-        with quiet():
-            left_value, right = product.operands()
-            left = Operand.by_blas(left_value)
-            right_norm = torch.linalg.vector_norm(right)
-            check = _Check(self._guard.names.of(product.weight), product.operation, kappa, right_norm, left.norm)
-            self._check(check, product.pass_, out, left, right, right_norm)
-
-    def _backward(
-        self, check: _Check, left: Tensor, right: Tensor, grads: tuple[Tensor | None, ...], grad: Tensor
-    ) -> None:
-        dgrad, wgrad = grads
-        with quiet():
-            by_rows, by_columns = Operand.both_ways(grad)
-            if dgrad is not None:
-                self._check(check, "dgrad", dgrad, by_rows, right.t(), check.right_norm)
-            if wgrad is not None:
-                self._check(check, "wgrad", wgrad.t(), by_columns, left, check.left_norm)
-
-    def _check(
-        self,
-        check: _Check,
-        pass_: str,
-        c: Tensor,
-        left: Operand,
-        right: Tensor,
-        right_norm: Tensor,
-        bias: Tensor | None = None,
-    ) -> None:
-        if c.numel() == 0:
-            return
-        factor = self._guard.widening.factor(GEMM, pass_)
-        readings = row_readings(c, left, right, right_norm, self._signs, check.kappa, factor, bias)
-        self._guard.log.append(Site(GEMM, check.module, check.operation, pass_, tuple(c.shape)), readings)
-
-    def _kappa(self, out: Tensor, kernel: str = "mm") -> Kappa | None:
-        try:
-            return self._guard.table.kappa(out.device.type, str(out.dtype).removeprefix("torch."), kernel)
-        except UnknownTolerance as reason:
-            self._skip(str(reason))
-            return None
-
-    def _operand(self, value: Tensor) -> Operand:
-        """Several linears read one activation: measure it once. Keeps the last one only, and its storage alive."""
-        if self._left is None or self._left.value is not value:
-            self._left = Operand.of(value)
-        return self._left
-
-    def _skip(self, reason: str) -> None:
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+def _is_compiled(module: nn.Module) -> bool:
+    """Without importing the compiler, which takes seconds."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """What the three checks of one product share."""
-
-    module: str
-    operation: str
-    kappa: Kappa
-    right_norm: Tensor
-    left_norm: Tensor
-
-
-class _Watch(TorchFunctionMode):
-    """Sees every torch function of the forward and hands the products to the step."""
-
-    def __init__(self, step: GuardedStep) -> None:
-        super().__init__()
-        self._step = step
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is watchers:
-            return (*out, self._step)
-        product = product_of(func, args, kwargs)
-        if product is not None:
-            self._step.forward(product, out)
-        return out
+def _nothing(rows: list[CoverageRow]) -> str:
+    if not rows:
+        return "the guarded step ran no operator: forward and backward belong inside `with guard.step()`"
+    reasons = "; ".join(sorted({f"{row.operation}: {row.reason}" for row in rows}))
+    return f"nothing in the guarded step can be checked: {reasons}"

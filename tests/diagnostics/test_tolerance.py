@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.sensors.gemm import Operand, output_norms, row_readings
+from diagnostics.sensors.gemm import output_norms, row_readings
+from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import WIDEST, UnknownTolerance, Widening, parse_table, shipped_table
 
@@ -41,8 +42,7 @@ def matrix(flavour: str, m: int, n: int, scale: float, seed: int) -> torch.Tenso
 
 def reading(c: torch.Tensor, a: torch.Tensor, w: torch.Tensor, key: int, factor: float = 1.0) -> float:
     kappa = shipped_table().kappa("cpu", str(c.dtype).removeprefix("torch."))
-    norm = torch.linalg.vector_norm(w, dtype=torch.float32)
-    return float(row_readings(c, Operand.of(a), w.t(), norm, Signs(key, CPU), kappa, factor).amax())
+    return float(row_readings(c, Operand(a), Operand(w.t()), Signs(key, CPU), kappa).amax()) / factor
 
 
 @settings(deadline=None, max_examples=150)
@@ -89,7 +89,7 @@ def test_norm_estimate_comes_from_operands_alone() -> None:
     """A corrupted result must not raise its own threshold: the estimate never reads it, and holds the true norm."""
     a, w = matrix("outlier rows", 200, 64, 1.0, 1).bfloat16(), matrix("normal", 128, 64, 1.0, 2).bfloat16()
     true = torch.linalg.vector_norm(F.linear(a.float(), w.float()), dim=1)
-    estimate = output_norms(Operand.of(a), w.t(), Signs(3, CPU))
+    estimate = output_norms(Operand(a), Operand(w.t()), Signs(3, CPU))
     ratio = estimate / true
     assert float(ratio.amin()) > 0.8
     assert float(ratio.amax()) < 2.5

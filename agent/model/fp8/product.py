@@ -14,7 +14,7 @@ from agent.model.fp8.blocks import Blocks
 from agent.model.fp8.choose import backend_for
 from agent.model.fp8.recipe import Backend
 from agent.model.fp8.tally import Tally
-from diagnostics.sensors.announced import Announced, Watcher, announce, watchers
+from diagnostics.sensors.announced import Announced, Watcher, announce, made, watchers
 
 
 def activation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +57,8 @@ class _Place:
 
     def product(self, pass_: str, left: Blocks, right: Blocks) -> Tensor:
         """fp32 [M, N] = left [M, K] times the transpose of right [N, K]; shown before anybody uses it."""
-        out = self.backend.product(left, right)
+        with made(self.watchers):
+            out = self.backend.product(left, right)
         seen = Announced("fp8", pass_, self.weight, lambda: (left.dequantised(), right.dequantised().t()))
         return announce(seen, out, self.watchers)
 

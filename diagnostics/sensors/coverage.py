@@ -1,0 +1,53 @@
+"""What a guard has checked, by place and operator, and why the rest was not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageRow:
+    """How much of one operator at one place was checked: `checked` in 0..1 of `calls`; `reason` why not all."""
+
+    module: str
+    operation: str
+    pass_: str
+    checked: float
+    reason: str
+    calls: int
+
+
+class Coverage:
+    """Counts calls and checks. Rows come in the order in which operators first ran."""
+
+    def __init__(self) -> None:
+        self._calls: dict[tuple[str, str, str], int] = {}
+        self._checked: dict[tuple[str, str, str], int] = {}
+        self._reasons: dict[tuple[str, str, str], str] = {}
+
+    def count(self, module: str, operation: str, pass_: str, checked: bool, reason: str = "") -> None:
+        """One call that was checked, or was not because of `reason`."""
+        key = (module, operation, pass_)
+        self._calls[key] = self._calls.get(key, 0) + 1
+        if checked:
+            self._checked[key] = self._checked.get(key, 0) + 1
+        elif reason:
+            self._reasons[key] = reason
+
+    def note(self, module: str, operation: str, reason: str) -> None:
+        """Something that no call shows: what the guard cannot see at all. Counted once."""
+        key = (module, operation, "")
+        self._calls.setdefault(key, 0)
+        self._reasons[key] = reason
+
+    @property
+    def checked(self) -> int:
+        """Calls that were checked."""
+        return sum(self._checked.values())
+
+    def rows(self) -> list[CoverageRow]:
+        """The account so far."""
+        return [
+            CoverageRow(*key, self._checked.get(key, 0) / calls if calls else 0.0, self._reasons.get(key, ""), calls)
+            for key, calls in self._calls.items()
+        ]

@@ -1,0 +1,157 @@
+"""Looks at the operators of one step as they run: draws which are checked, and keeps the readings by place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.sensors.announced import Announced, inside_announced
+from diagnostics.sensors.coverage import Coverage
+from diagnostics.sensors.gemm import SENSOR as GEMM
+from diagnostics.sensors.gemm import row_readings
+from diagnostics.sensors.operand import Operand, Operands
+from diagnostics.sensors.operation import Call, Checked, Unsupported
+from diagnostics.sensors.places import Place, Places
+from diagnostics.sensors.quiet import quiet
+from diagnostics.sensors.readings import ReadingLog, Site
+from diagnostics.sensors.registry import Plan, plan_of
+from diagnostics.sensors.sampling import Sampler
+from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
+
+NOT_DRAWN = "not drawn: the budget allows a share of the calls"
+
+
+class Inspection:
+    """The bench that a step's checks work on, and the account of what they covered."""
+
+    def __init__(
+        self,
+        key: int,
+        places: Places,
+        log: ReadingLog,
+        coverage: Coverage,
+        sampler: Sampler,
+        table: ToleranceTable,
+        widening: Widening,
+        device: torch.device,
+    ) -> None:
+        self.signs = Signs(key, device)
+        self.skipped: dict[str, int] = {}  # calls that their check could not judge, by reason
+        self.failures = 0  # checks that failed themselves
+        self.seconds = 0.0  # that the checks took
+        self._key = key
+        self._places = places
+        self._log = log
+        self._coverage = coverage
+        self._sampler = sampler
+        self._table = table
+        self._widening = widening
+        self._operands = Operands()
+        self._calls = 0
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operator and look at it."""
+        plan = plan_of(func)
+        if plan is None or inside_announced():
+            return func(*args, **kwargs)
+        self._calls += 1
+        if plan.check is None or not self._sampler.draws(self._key, self._calls):
+            out = func(*args, **kwargs)
+            self._pass_by(plan, args, out)
+            return out
+        begin = time.perf_counter()
+        before = None
+        if plan.before is not None:
+            with quiet():
+                before = plan.before(args, kwargs, self)
+        ran = time.perf_counter()
+        out = func(*args, **kwargs)
+        looked = time.perf_counter()
+        self._look(plan, Call(func, args, kwargs, out, before))
+        self.seconds += time.perf_counter() - looked + ran - begin
+        return out
+
+    def announced(self, product: Announced, out: Tensor) -> None:
+        """Check one product that was announced, in whichever pass, against the operands that its kernel saw."""
+        if not out.numel():
+            return
+        place = Place(self._places.named(product.weight), product.pass_)
+        self._calls += 1
+        if not self._sampler.draws(self._key, self._calls):
+            self._coverage.count(place.module, product.operation, place.pass_, False, NOT_DRAWN)
+            return
+        begin = time.perf_counter()
+        with quiet():
+            self._judge(place, product.operation, lambda: self._announced(product, out))
+        self.seconds += time.perf_counter() - begin
+
+    def end(self) -> None:
+        """The step is over: let go of its tensors."""
+        self._operands.clear()
+
+    def kappa(self, kernel: str, like: Tensor) -> Kappa:
+        """See `operation.Bench`."""
+        return self._table.kappa(like.device.type, str(like.dtype).removeprefix("torch."), kernel)
+
+    def operand(self, value: Tensor) -> Operand:
+        """See `operation.Bench`."""
+        return self._operands.of(value)
+
+    def _look(self, plan: Plan, call: Call) -> None:
+        place = self._place(plan, call.args)
+        if plan.copies:
+            self._places.copied(call.args[0], call.out)
+        check = plan.check
+        assert check is not None
+        with quiet():
+            self._judge(place, plan.name, lambda: check(call, self))
+
+    def _judge(self, place: Place, operation: str, check: Callable[[], Iterable[Checked]]) -> None:
+        try:
+            made = tuple(check())
+        except (Unsupported, UnknownTolerance) as reason:
+            self._skip(place, operation, str(reason))
+            return
+        except Exception as broken:  # noqa: BLE001 - whatever it is, a sensor's own fault must not stop the training
+            self.failures += 1
+            self._skip(place, operation, f"the check itself failed: {type(broken).__name__}: {broken}")
+            return
+        for one in made:
+            what = operation if one.result == "out" else f"{operation}.{one.result}"
+            factor = self._widening.factor(one.sensor, place.pass_)
+            readings = one.readings if factor == 1.0 else one.readings / factor
+            self._log.append(Site(one.sensor, place.module, what, place.pass_, one.shape), readings)
+        self._coverage.count(place.module, operation, place.pass_, True)
+
+    def _announced(self, product: Announced, out: Tensor) -> Iterable[Checked]:
+        kappa = self.kappa(product.operation, out)
+        left, right = product.operands()
+        readings = row_readings(out, self.operand(left), self.operand(right), self.signs, kappa)
+        yield Checked(GEMM, "out", readings, tuple(out.shape))
+
+    def _pass_by(self, plan: Plan, args: tuple[Any, ...], out: Any) -> None:
+        place = self._place(plan, args)
+        if plan.copies:
+            self._places.copied(args[0], out)
+        self._coverage.count(place.module, plan.name, place.pass_, False, plan.reason or NOT_DRAWN)
+
+    def _place(self, plan: Plan, args: tuple[Any, ...]) -> Place:
+        operands = list(_tensors(args))
+        return self._places.of(operands[-2:] if plan.product else operands, plan.product)
+
+    def _skip(self, place: Place, operation: str, reason: str) -> None:
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self._coverage.count(place.module, operation, place.pass_, False, reason)
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)

@@ -1,0 +1,129 @@
+"""Where in a model an operator runs: by its weight's address, by the module being called, by its autograd node."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+UNNAMED = "<unnamed>"
+
+FPROP, DGRAD, WGRAD, BACKWARD = "fprop", "dgrad", "wgrad", "backward"
+
+
+class Place(NamedTuple):
+    """A module, and the pass that the operator belongs to."""
+
+    module: str
+    pass_: str
+
+
+class _Forward(NamedTuple):
+    """What the forward knows of an operator that its backward has to be told."""
+
+    module: str
+    weight: int  # address of a product's weight; 0 where it has none
+
+
+class Places:
+    """Names the place of every operator of a step. Weights may be views, transposes or casts of parameters.
+
+    Modules are followed by torch's global hooks while the step's context is open. Backward operators are matched to
+    their forward by the sequence number that autograd gives both.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+        self._starts: list[int] = []
+        self._weights: list[tuple[int, str]] = []
+        self._casts: dict[int, tuple[StorageWeakRef, str]] = {}
+        self._stack: list[str] = []
+        self._forwards: dict[int, _Forward] = {}
+
+    def begin(self, hooks: ExitStack, follow: bool = True) -> None:
+        """A step begins: parameters may have moved. `hooks` removes what is registered to follow modules."""
+        self._casts.clear()
+        self._stack.clear()
+        self._forwards.clear()
+        spans = sorted(
+            (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name.removesuffix(".weight"))
+            for name, p in self._model.named_parameters()
+            if p.numel()
+        )
+        self._starts = [start for start, _, _ in spans]
+        self._weights = [(stop, name) for _, stop, name in spans]
+        if follow:
+            hooks.callback(register_module_forward_pre_hook(self._entered).remove)
+            hooks.callback(register_module_forward_hook(self._left, always_call=True).remove)
+
+    def of(self, operands: Sequence[Tensor], product: bool) -> Place:
+        """The place of the operator that reads `operands` now."""
+        node: Any = torch._C._current_autograd_node()
+        if node is None or torch.is_grad_enabled():
+            return self._of_forward(operands, product)
+        forward = self._forwards.get(node._sequence_nr())
+        if forward is not None and forward.weight and product:
+            reads_it = any(value.data_ptr() == forward.weight for value in operands)
+            return Place(forward.module, DGRAD if reads_it else WGRAD)
+        named = self._named(operands)
+        if named is not None:
+            return Place(named, DGRAD if product else BACKWARD)
+        return Place(self._here() if forward is None else forward.module, BACKWARD)
+
+    def named(self, weight: Tensor) -> str:
+        """The module of a weight; UNNAMED when no parameter of the model lies behind it."""
+        return self.weight(weight) or UNNAMED
+
+    def weight(self, value: Tensor) -> str | None:
+        """The module of the parameter that `value` is, shows or was cast from."""
+        address = value.data_ptr()
+        at = bisect_right(self._starts, address) - 1
+        if at >= 0 and address < self._weights[at][0]:
+            return self._weights[at][1]
+        cast = self._casts.get(address)
+        if cast is None:
+            return None
+        if cast[0].cdata != value.untyped_storage()._cdata or cast[0].expired():  # type: ignore[no-untyped-call]
+            del self._casts[address]
+            return None
+        return cast[1]
+
+    def copied(self, source: Tensor, out: Tensor) -> None:
+        """`out` holds the values of `source`, in another type or layout: a weight keeps its name."""
+        if out.numel() != source.numel() or not self._starts:
+            return
+        name = self.weight(source)
+        if name is not None:
+            storage = StorageWeakRef(out.untyped_storage())  # type: ignore[no-untyped-call]
+            self._casts[out.data_ptr()] = (storage, name)
+
+    def _of_forward(self, operands: Sequence[Tensor], product: bool) -> Place:
+        named = self._named(operands)
+        module = named or self._here()
+        if torch.is_grad_enabled():
+            weight = operands[-1].data_ptr() if product and named is not None else 0
+            # The node was made just before the operator ran, and the number counted on. Operators that make no node
+            # leave the number as it was.
+            self._forwards.setdefault(torch._C._autograd._get_sequence_nr() - 1, _Forward(module, weight))
+        return Place(module, FPROP)
+
+    def _named(self, operands: Sequence[Tensor]) -> str | None:
+        """Right operands first: that is where weights stand."""
+        return next((name for value in reversed(operands) if (name := self.weight(value)) is not None), None)
+
+    def _here(self) -> str:
+        return self._stack[-1] if self._stack else UNNAMED
+
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(self._modules.get(id(module), self._here()))
+
+    def _left(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self._stack:
+            self._stack.pop()
