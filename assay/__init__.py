@@ -1,0 +1,41 @@
+"""The public face of Assay for people's own training loops: `assay.Guard`. Names load on first use.
+
+guard = assay.Guard(model, optimizer)
+for batch in data:
+    with guard.step() as step:
+        loss = model(**batch).loss
+        loss.backward()
+    if step.clean:
+        optimizer.step()
+    else:
+        print(step.alarms)
+    optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diagnostics.health import Alarm
+    from diagnostics.sensors.coverage import CoverageRow
+    from diagnostics.sensors.guard import Guard, GuardedStep, NothingToCheck
+
+__all__ = ["Alarm", "CoverageRow", "Guard", "GuardedStep", "NothingToCheck"]
+
+_HOMES = {
+    "Alarm": "diagnostics.health",
+    "CoverageRow": "diagnostics.sensors.coverage",
+    "Guard": "diagnostics.sensors.guard",
+    "GuardedStep": "diagnostics.sensors.guard",
+    "NothingToCheck": "diagnostics.sensors.guard",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's home on its first use: the daemon and the controller import this package without torch."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'assay' has no attribute {name!r}: it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(home), name)

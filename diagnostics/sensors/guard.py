@@ -10,6 +10,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from diagnostics.health import Alarm
 from diagnostics.sensors.coverage import Coverage, CoverageRow
@@ -20,6 +21,7 @@ from diagnostics.sensors.readings import ReadingLog, Site
 from diagnostics.sensors.sampling import Sampler
 from diagnostics.sensors.statistics import History, Statistic
 from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
+from diagnostics.sensors.upkeep import Upkeep
 from diagnostics.sensors.watch import Eyes, Keeper
 
 FINITE = "finite"
@@ -40,6 +42,8 @@ class Guard:
 
     Args:
         model: the module.
+        optimizer: what updates it. With it one parameter's update a step is repeated and compared, and parameters and
+            moments must be, when the next guarded step begins, what the update left: else that step has an alarm.
         budget: the checks' share of a step's other time, e.g. 0.01; calls are sampled to keep it. None: no limit.
         tolerance_scale: what every shipped tolerance is multiplied by.
         enabled: False makes every step a plain one.
@@ -52,6 +56,7 @@ class Guard:
     def __init__(
         self,
         model: nn.Module,
+        optimizer: Optimizer | None = None,
         budget: float | None = None,
         tolerance_scale: float = 1.0,
         enabled: bool = True,
@@ -59,6 +64,7 @@ class Guard:
     ) -> None:
         self.enabled = enabled
         self.places = Places(model)
+        self.upkeep = Upkeep(model, optimizer) if optimizer is not None and enabled else None
         self.compiled = any(_is_compiled(module) for module in model.modules())
         self.table = table or shipped_table()
         self.widening = Widening(tolerance_scale)
@@ -89,6 +95,14 @@ class Guard:
     def coverage(self) -> list[CoverageRow]:
         """What was checked in all steps so far, by place, operator and pass, and why the rest was not."""
         return self.account.rows()
+
+    def forget(self) -> None:
+        """Parameters were changed on purpose outside the optimizer: what was known of the state at rest is dropped.
+
+        Loading a state dict into the model or the optimizer does this by itself.
+        """
+        if self.upkeep is not None:
+            self.upkeep.forget()
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Alarm in the current step if any element is not finite. One pass, no host sync; no step, no check."""
@@ -127,12 +141,22 @@ class GuardedStep:
     def __enter__(self) -> GuardedStep:
         guard = self._guard
         if guard.enabled:
+            if guard.upkeep is not None:
+                self._look_back(guard.upkeep)
             guard.places.begin(self._modes, follow=not guard.compiled)
             self._eyes = self._modes.enter_context(Eyes(self._inspection))
             if not guard.compiled:
                 self._modes.enter_context(Keeper(self._eyes))
             self._begun = time.perf_counter()
         return self
+
+    def _look_back(self, upkeep: Upkeep) -> None:
+        """What the optimizer did since the last step, and whether the state is still what it wrote."""
+        for site in upkeep.found():
+            self._guard.log.append(site, torch.full((1,), math.inf))
+        for reason in upkeep.failures:
+            self._guard.account.count("<optimizer>", "update", "step", False, reason)
+        upkeep.failures.clear()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         took = time.perf_counter() - self._begun

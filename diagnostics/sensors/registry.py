@@ -8,18 +8,18 @@ from functools import cache
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from diagnostics.sensors import gemm
+from diagnostics.sensors import gemm, grouped
 from diagnostics.sensors.operation import Before, Check
 
 aten = torch.ops.aten
 
-_SENSORS = (gemm,)
+_SENSORS = (gemm, grouped)
 _CHECKS: dict[OpOverloadPacket, Check] = {}
 _BEFORE: dict[OpOverloadPacket, Before] = {}
 for _sensor in _SENSORS:
     _CHECKS |= _sensor.CHECKS
     _BEFORE |= _sensor.BEFORE
-PRODUCTS = frozenset(gemm.CHECKS)
+PRODUCTS = frozenset(gemm.CHECKS | grouped.CHECKS)
 # Values in another type or layout: a weight that is cast keeps its name.
 COPIES = frozenset((aten._to_copy, aten.clone))
 _MEMORY = frozenset((aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided))

@@ -262,3 +262,29 @@ def test_unsupported_types_are_counted_not_silently_skipped() -> None:
     with pytest.raises(NothingToCheck, match="float64"), guard.step(0):
         model(torch.ones(4, 8, dtype=torch.float64)).sum().backward()
     assert all("float64" in row.reason for row in guard.coverage() if row.operation == "mm")
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 3.0), (torch.bfloat16, 12.0)])
+def test_grouped_products(dtype: torch.dtype, error: float) -> None:
+    """Groups of any size, empty ones too; every pass; errors in units of the result's standard deviation."""
+
+    class BadGroups(BadKernel):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket is torch.ops.aten._grouped_mm:
+                if self.count == self.at:
+                    out.view(-1)[out.numel() // 3] += error * float(out.float().std())
+                self.count += 1
+            return out
+
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 64, 96, dtype=dtype))
+    guard = Guard(nn.ParameterList([weight]))
+    for key, ends in enumerate([[50, 100, 150, 200], [0, 3, 3, 200], [1, 2, 150, 200]]):
+        offs = torch.tensor(ends, dtype=torch.int32)
+        x = torch.randn(200, 64).to(dtype).requires_grad_()
+        for at in range(-1, 3):
+            with BadGroups(at), guard.step(key) as step:
+                torch._grouped_mm(x, weight, offs=offs).square().sum().backward()
+            assert step.clean is (at < 0)
+            assert step.checks == 3

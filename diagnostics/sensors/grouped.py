@@ -1,0 +1,90 @@
+"""The row check of grouped products (experts on their slices): the identity of `gemm`, group by group, in one pass.
+
+Identity. Rows, or inner positions, are divided into groups at `offs`. Row i of group e: C_i r = A_i (W_e r). Where the
+inner positions are divided (wgrad), C_e r = A_e (B_e r), a sum over the positions of group e.
+
+Tolerance, blindness: those of `gemm`. The norms of 16-bit results come from probes as there, without the mean gain of
+the batch: instead ||A_i|| ||W_e|| / sqrt(K), the norm of a row that meets W_e at random, is added. The probes go
+through the grouped kernel itself.
+Cost: one elementwise product as large as A beside the passes of `gemm`; no host sync, since `offs` stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverloadPacket
+
+from diagnostics.sensors.gemm import KERNEL, SENSOR
+from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
+from diagnostics.sensors.tolerance import NORM_FLOOR, Z
+
+
+def _grouped(call: Call, bench: Bench) -> Iterable[Checked]:
+    left, right = call.args[0], call.args[1]
+    offs = call.kwargs.get("offs", call.args[2] if len(call.args) > 2 else None)
+    if offs is None or left.dim() != 2 or right.dim() not in (2, 3):
+        raise Unsupported(f"a grouped product of {left.dim()}-D and {right.dim()}-D operands")
+    readings = _by_rows if right.dim() == 3 else _by_inner
+    yield Checked(SENSOR, "out", readings(call.out, left, right, offs, bench).flatten(), tuple(call.out.shape))
+
+
+def _by_rows(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench) -> Tensor:
+    """c [T, N] of left [T, K] and right [G, K, N]; rows behind the last offset belong to no group and are not read."""
+    kappa, inner, columns = bench.kappa(KERNEL, c), left.shape[1], c.shape[1]
+    r = bench.signs.vector(columns)
+    group = _groups(left.shape[0], offs)
+    mine = group < right.shape[0]
+    group = group.clamp(max=right.shape[0] - 1)
+    a = left.float()
+    predicted = (a * torch.matmul(right.float(), r)[group]).sum(1)
+    residual = predicted.sub_(torch.mv(c.float(), r)).abs_()
+    rows = torch.linalg.vector_norm(a, dim=1).clamp(min=NORM_FLOOR)
+    weights = torch.linalg.vector_norm(right, dim=(1, 2), dtype=torch.float32).clamp(min=NORM_FLOOR)[group]
+    limit = rows * weights * (Z * kappa.accumulate_at(max(columns, inner)))
+    if kappa.output:
+        seen = torch._grouped_mm(left, right @ bench.signs.probes(columns, right.dtype), offs=offs)
+        norms = _estimate(seen).add_(rows * weights / max(inner, 1) ** 0.5)
+        limit.add_(norms.clamp_(min=NORM_FLOOR), alpha=Z * kappa.output)
+    return torch.where(mine, residual.div_(limit), 0.0)
+
+
+def _by_inner(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench) -> Tensor:
+    """c [G, M, N] of left [M, T] and right [T, N]."""
+    kappa, groups, columns = bench.kappa(KERNEL, c), c.shape[0], c.shape[2]
+    r = bench.signs.vector(columns)
+    group = _groups(left.shape[1], offs)
+    a, b = left.float().t(), right.float()  # [T, M], [T, N]
+    predicted = _sums(a * torch.mv(b, r).unsqueeze(1), group, groups)
+    residual = predicted.sub_(torch.matmul(c.float(), r)).abs_()
+    rows = _sums(a.square(), group, groups).sqrt_().clamp_(min=NORM_FLOOR)
+    weights = _sums(b.square().sum(1, keepdim=True), group, groups).sqrt_().clamp_(min=NORM_FLOOR)
+    limit = rows * weights * (Z * kappa.accumulate_at(max(columns, left.shape[1])))
+    if kappa.output:
+        seen = torch._grouped_mm(left, right @ bench.signs.probes(columns, right.dtype), offs=offs)
+        norms = _estimate(seen)
+        count = _sums(a.new_ones(a.shape[0], 1), group, groups).clamp_(min=1).sqrt_()
+        norms = norms.add_(rows * weights / count)
+        limit.add_(norms.clamp_(min=NORM_FLOOR), alpha=Z * kappa.output)
+    return residual.div_(limit)
+
+
+def _groups(positions: int, offs: Tensor) -> Tensor:
+    """The group of each position, int64 [positions]; the number of groups for those behind the last offset."""
+    return torch.searchsorted(offs, torch.arange(positions, device=offs.device, dtype=offs.dtype), right=True)
+
+
+def _sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """[T, M] summed by group: [groups, M]."""
+    return values.new_zeros(groups + 1, values.shape[1]).index_add_(0, group, values)[:groups]
+
+
+def _estimate(seen: Tensor) -> Tensor:
+    """Root mean square over the probes: E[(C s)^2] = ||C||^2."""
+    return seen.float().square().mean(-1).sqrt_()
+
+
+CHECKS: dict[OpOverloadPacket, Check] = {torch.ops.aten._grouped_mm: _grouped}
+BEFORE: dict[OpOverloadPacket, Before] = {}

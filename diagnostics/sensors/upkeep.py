@@ -1,0 +1,114 @@
+"""Watches what an optimizer does between guarded steps: its arithmetic by sample, and the state at rest by hash.
+
+Identity. An optimizer that updates each parameter by itself (SGD, Adam, AdamW and their like) does to a copy of one
+parameter, with its gradient and moments, bit for bit what it does to the original. So before every step one parameter
+is drawn and copied, and after it a second optimizer of the same class repeats its update. And what the optimizer wrote
+must still be there when the next guarded step begins: parameters and moments are hashed after the update and before
+their next use.
+
+Does not see: a defect that repeats on the same device (the copy is updated there too); an update of a parameter that
+was not drawn (the chance is 1 in the number of parameters a step; a wrong value that was written is then at rest, and
+looks right); a write between two guarded steps by anybody's intent: it is an alarm as well, see `forget`. Cost: the
+update of one parameter, and two passes over parameters and moments.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diagnostics.sensors.digest import digest
+from diagnostics.sensors.multilinear import splitmix64
+from diagnostics.sensors.quiet import quiet
+from diagnostics.sensors.readings import Site
+
+AT_REST = "at rest"
+UPDATE = "optimizer"
+
+
+class Upkeep:
+    """What is known of the optimizer's state, and what has been found wrong since the last guarded step began."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._optimizer = optimizer
+        self._steps = 0
+        self._copied: tuple[str, nn.Parameter, Optimizer] | None = None
+        self._digests: dict[str, int] = {}
+        self._found: list[Site] = []
+        self.failures: list[str] = []  # why an update could not be repeated
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+        optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
+        model.register_load_state_dict_post_hook(lambda *_: self.forget())  # type: ignore[no-untyped-call]
+
+    def found(self) -> list[Site]:
+        """Where an update or the state at rest was wrong since this was asked last; the state is compared now."""
+        for name, value in self._state():
+            known = self._digests.get(name)
+            if known is not None and known != digest(value):
+                self._found.append(Site(AT_REST, name, "digest", "step", tuple(value.shape)))
+        found, self._found = self._found, []
+        self._digests.clear()
+        return found
+
+    def forget(self) -> None:
+        """The state was changed on purpose, e.g. loaded: nothing is compared until the next update."""
+        self._digests.clear()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps += 1
+        updated = [
+            (group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.numel()
+        ]
+        if not updated or len(args) > 1 or kwargs.get("closure") is not None:  # args[0] is the optimizer
+            return  # a closure runs the model again: what it changes cannot be copied before
+        group, original = updated[splitmix64(self._steps) % len(updated)]
+        try:
+            second = _twin(optimizer, group, original)
+        except (TypeError, ValueError, RuntimeError) as reason:
+            self.failures.append(f"{type(optimizer).__name__} cannot be made a second time: {reason}")
+            return
+        self._copied = (self._names.get(id(original), "<not of the model>"), original, second)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._copied is not None:
+            name, original, second = self._copied
+            self._copied = None
+            twin = second.param_groups[0]["params"][0]
+            with quiet():
+                second.step()
+                if not _same(twin.detach(), original.detach()):
+                    self._found.append(Site(UPDATE, name, type(optimizer).__name__, "step", tuple(original.shape)))
+        self._digests = {name: digest(value) for name, value in self._state()}
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                name = self._names.get(id(p), f"<parameter {id(p):x}>")
+                yield name, p.detach()
+                for key, value in self._optimizer.state.get(p, {}).items():
+                    if isinstance(value, Tensor):
+                        yield f"{name}.{key}", value
+
+
+def _twin(optimizer: Optimizer, group: dict[str, Any], original: nn.Parameter) -> Optimizer:
+    """An optimizer of the same class and state that holds a copy of one parameter and its gradient."""
+    with quiet():
+        twin = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
+        twin.grad = None if original.grad is None else original.grad.detach().clone()
+        options = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+        made: Any = type(optimizer)
+        second: Optimizer = made([{"params": [twin], **options}])
+        second.state[twin] = copy.deepcopy(optimizer.state.get(original, {}))
+        return second
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit: NaN equals the same NaN."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,0 +1,368 @@
+"""`assay.Guard` around other people's models and loops: it sees every product, and changes no bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import assay
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+IDS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Hundreds of tiny steps: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Corrupt(TorchDispatchMode):
+    """An outsider's own means: changes one element of the n-th product's result by `error` times its largest."""
+
+    def __init__(self, at: int = -1, error: float = 8.0) -> None:
+        super().__init__()
+        self.at, self.error, self.count = at, error, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            if self.count == self.at:
+                flat = out.view(-1)
+                flat[len(flat) // 3] += self.error * max(float(out.float().abs().max()), 1e-3)
+            self.count += 1
+        return out
+
+
+def llama(attention: str = "sdpa") -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM._from_config(config, attn_implementation=attention).train()
+
+
+def deepseek(attention: str = "sdpa", experts: str = "eager") -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    made = transformers.DeepseekV3ForCausalLM._from_config(
+        config, attn_implementation=attention, experts_implementation=experts
+    )
+    return made.train()
+
+
+def grads(model: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def equal(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
+    return all(
+        (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def backward(model: nn.Module) -> None:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama, sdpa": llama,
+    "llama, eager": lambda: llama("eager"),
+    "deepseek, sdpa": deepseek,
+    "deepseek, eager": lambda: deepseek("eager"),
+    "deepseek, grouped experts": lambda: deepseek("sdpa", "grouped_mm"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_product_of_a_hugging_face_model_is_checked(name: str) -> None:
+    """Each product in turn is corrupted from outside, by a mode around the step and by one inside it."""
+    model = MODELS[name]()
+    guard = assay.Guard(model)
+    backward(model)
+    plain = grads(model)
+    with guard.step() as step:
+        backward(model)
+    assert step.clean, step.alarms
+    assert not step.skipped
+    assert equal(plain, grads(model))
+    with Corrupt() as counter:
+        backward(model)
+    for at in range(counter.count):
+        with Corrupt(at), guard.step() as step:
+            backward(model)
+        assert not step.clean, at
+        if at % 5 == 0:
+            with guard.step() as step, Corrupt(at):
+                backward(model)
+            assert not step.clean, at
+    with Corrupt(0), assay.Guard(model, enabled=False).step() as step:  # the control: nobody looks
+        backward(model)
+    assert step.clean
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_and_autocast(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    x = torch.randn(16, 32, requires_grad=True)
+
+    def run() -> None:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = checkpoint(model, x, use_reentrant=reentrant).float().square().sum()
+        loss.backward()
+
+    run()
+    plain = grads(model)
+    guard = assay.Guard(model)
+    with guard.step() as step:
+        run()
+    assert step.clean
+    assert equal(plain, grads(model))
+    with Corrupt() as counter:
+        run()
+    # Three for each of two linears, and the forward made again: but for its end where recomputation stops early.
+    assert counter.count == 6 + (2 if reentrant else 1)
+    for at in range(counter.count):
+        with Corrupt(at, error=30.0), guard.step() as step:
+            run()
+        assert not step.clean, at
+
+
+def test_gradient_accumulation() -> None:
+    model = llama()
+    guard = assay.Guard(model)
+
+    def run() -> None:
+        model.zero_grad()
+        for ids in IDS.split(1):
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    run()
+    plain = grads(model)
+    with guard.step() as step:
+        run()
+    assert step.clean
+    assert equal(plain, grads(model))
+    with Corrupt() as counter:
+        run()
+    with Corrupt(counter.count - 1), guard.step() as step:
+        run()
+    assert not step.clean
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+def test_scaled_inputs_outliers_and_first_steps_raise_no_alarm(scale: float) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.LayerNorm(64), nn.Linear(64, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    guard = assay.Guard(model, optimizer)
+    for _ in range(20):
+        x = torch.randn(16, 32) * scale
+        x[:, 3] *= 1000
+        with guard.step() as step:
+            F.cross_entropy(model(x), torch.arange(16) % 8).backward()
+        assert step.clean, step.alarms
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_budget_samples_and_coverage_says_what_it_bought() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    guard = assay.Guard(model, budget=0.02)
+    x = torch.randn(64, 64)
+    for _ in range(30):
+        with guard.step():
+            model(x).square().sum().backward()
+    products = [row for row in guard.coverage() if row.operation in ("mm", "addmm")]
+    share = sum(row.checked * row.calls for row in products) / sum(row.calls for row in products)
+    assert 0 < share < 1
+    assert any("budget" in row.reason for row in products)
+    full = assay.Guard(model)
+    with full.step():
+        model(x).square().sum().backward()
+    assert all(row.checked == 1 for row in full.coverage() if row.operation in ("mm", "addmm"))
+
+
+def test_nothing_to_check_raises() -> None:
+    with pytest.raises(assay.NothingToCheck, match="belong inside"), assay.Guard(nn.Linear(2, 2)).step():
+        pass
+
+
+def test_a_sensor_that_fails_is_lost_coverage_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diagnostics.sensors import gemm
+
+    def fails(*_: Any) -> Tensor:
+        raise ZeroDivisionError("a sensor's own fault")
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    guard = assay.Guard(model)
+    with guard.step():
+        model(torch.randn(4, 8)).sum().backward()
+    monkeypatch.setattr(gemm, "row_readings", fails)
+    with guard.step() as step:
+        model(torch.randn(4, 8)).sum().backward()
+    assert step.clean
+    assert guard.failures == 2
+    assert any("a sensor's own fault" in row.reason for row in guard.coverage())
+
+
+class Trained:
+    """A model with its optimizer and guard, taking clean steps."""
+
+    def __init__(self, **kind: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, **kind)
+        self.guard = assay.Guard(self.model, self.optimizer)
+
+    def step(self) -> list[assay.Alarm]:
+        with self.guard.step() as step:
+            self.model(torch.ones(4, 8)).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return step.alarms
+
+
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_the_state_at_rest_is_watched(kind: dict[str, bool]) -> None:
+    job = Trained(**kind)
+    assert [job.step() for _ in range(5)] == [[]] * 5
+    weight = job.model[1].weight
+    weight.data.view(torch.int32)[2, 3] ^= 1  # the lowest bit of one element
+    assert [(a.sensor, a.module) for a in job.step()] == [("at rest", "1.weight")]
+    assert job.step() == []
+    job.optimizer.state[weight]["exp_avg"].view(torch.int32)[0, 0] ^= 1 << 20
+    assert [(a.sensor, a.module) for a in job.step()] == [("at rest", "1.weight.exp_avg")]
+    job.model.load_state_dict({k: v * 2 for k, v in job.model.state_dict().items()})
+    assert job.step() == []
+    weight.data.mul_(2)
+    job.guard.forget()
+    assert job.step() == []
+
+
+def test_a_wrong_update_is_seen_when_its_parameter_is_drawn() -> None:
+    """The optimizer's own arithmetic, corrupted once at every step: seen in those where the drawn one is hit."""
+
+    class WrongUpdate(TorchDispatchMode):
+        hit = False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.addcdiv_.default and not self.hit and args[0].shape == (16, 8):
+                args[0].view(torch.int32)[3, 5] ^= 1 << 12
+                self.hit = True
+            return out
+
+    job = Trained(foreach=False)
+    job.step()
+    seen = 0
+    for _ in range(40):
+        with job.guard.step() as step:
+            job.model(torch.ones(4, 8)).square().sum().backward()
+        seen += [a.sensor for a in step.alarms] == ["optimizer"]
+        with WrongUpdate():
+            job.optimizer.step()
+        job.optimizer.zero_grad()
+    assert 2 <= seen <= 25  # one of four parameters is drawn a step
+
+
+def test_data_parallel_training_is_guarded_unchanged(tmp_path: Any) -> None:
+    """One gloo rank is enough for DistributedDataParallel's hooks and buckets to run."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        parallel = nn.parallel.DistributedDataParallel(model)
+        guard = assay.Guard(parallel)
+        x = torch.randn(8, 16)
+
+        def run() -> None:
+            parallel.zero_grad()
+            parallel(x).square().sum().backward()
+
+        run()
+        plain = grads(model)
+        with guard.step() as step:
+            run()
+        assert step.clean
+        assert equal(plain, grads(model))
+        with Corrupt() as counter:
+            run()
+        for at in range(counter.count):
+            with Corrupt(at), guard.step() as step:
+                run()
+            assert not step.clean
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_compiled_model_stays_compiled_and_its_products_are_checked() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    compiled: Any = torch.compile(model)
+    x = torch.randn(16, 32)
+
+    def run() -> None:
+        model.zero_grad()
+        compiled(x).square().sum().backward()
+
+    run()
+    plain = grads(model)
+    guard = assay.Guard(compiled)
+    with guard.step() as step:
+        run()
+    assert step.clean
+    assert step.checks == 5
+    assert equal(plain, grads(model))
+    assert any("torch.compile" in row.reason for row in guard.coverage())
+    with Corrupt(2), guard.step() as step:
+        run()
+    # The outsider's mode makes torch run the model uncompiled; the guard sees what then runs.
+    assert not step.clean
+
+
+def test_the_package_imports_without_torch() -> None:
+    code = "import sys, assay; assert 'torch' not in sys.modules; assay.Guard; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has Alarm"):
+        assay.Gard  # type: ignore[attr-defined]  # noqa: B018
