@@ -1,0 +1,140 @@
+"""The check of any deterministic operator: the same arguments once more, compared bit for bit.
+
+Identity. An operator is a function of its arguments: run again it gives the same bits. The reading counts the elements
+whose bits differ, two for each, so that one difference is an alarm; bits are compared as integers, so that a NaN which
+repeats is no difference. There is no tolerance and no constant to calibrate.
+
+Sees: every transient fault, down to the last bit. Does not see: a defect that gives the same wrong answer twice, which
+is why operations with an identity of their own should be checked by that; wrong inputs.
+Not checkable: operators that draw random numbers (Tag.nondeterministic_seeded), unless all their dropout is off; those
+that return memory nobody has written; those whose sums have no fixed order on GPUs (`_UNORDERED`); those that write to
+an argument of which no copy was kept (`keeper`).
+Cost: the operator once more, and three passes over its result; for an in-place operator a copy of its target before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from diagnostics.sensors.kinds import is_in_place, kind_of, name_of
+from diagnostics.sensors.operation import Before, Bench, Call, Checked, Unsupported
+from diagnostics.sensors.rows import argument, differences, rows_of
+
+SENSOR = "recompute"
+
+# Sums by atomic additions on GPUs: their bits depend on the order in which threads arrive. On a CPU they are ordered.
+_UNORDERED = frozenset(
+    {
+        "index_add",
+        "index_add_",
+        "scatter_add",
+        "scatter_add_",
+        "index_put",
+        "index_put_",
+        "_index_put_impl_",
+        "embedding_dense_backward",
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_efficient_attention_backward",
+        "_scaled_dot_product_cudnn_attention_backward",
+        "_flash_attention_backward",
+        "_efficient_attention_backward",
+        "bincount",
+        "histc",
+        "cumsum",
+        "nll_loss2d_forward",
+    }
+)
+
+
+def why_not(func: torch._ops.OpOverload, device: str, dropout: float | None = None) -> str | None:
+    """Why running the operator again on this device type cannot be compared bit for bit; None if it can."""
+    kind = kind_of(func)
+    if kind in ("view", "blank"):
+        return f"{name_of(func)} computes nothing"
+    if kind == "random" or (torch.Tag.nondeterministic_seeded in func.tags and dropout != 0.0):
+        return f"{name_of(func)} draws random numbers"
+    if torch.Tag.nondeterministic_bitwise in func.tags or (device != "cpu" and name_of(func) in _UNORDERED):
+        return f"{name_of(func)} adds in no fixed order on {device}"
+    return None
+
+
+def keeper(func: torch._ops.OpOverload) -> Before:
+    """What to keep before `func` runs, as `Call.before`: its arguments, with copies of those that it will write to.
+
+    Costs nothing for operators that write to none.
+    """
+
+    def keep(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return _with_copies(func, args, kwargs)
+
+    return keep
+
+
+def check(call: Call, bench: Bench) -> Iterable[Checked]:
+    """Run the operator again and count, per row of each result, PER_DIFFERENCE for every element that differs.
+
+    The call's own arguments stay as they are; `call.before` is what `keeper` kept, for operators that write to one.
+    Raises Unsupported when the operator is not a function of its arguments, or they were written over and not kept.
+    """
+    results = _tensors(call.out) or _written(call.func, call.args, call.kwargs)
+    if not results:
+        return  # a number that the host already has
+    device = results[0].device.type
+    reason = why_not(call.func, device, _dropout(call))
+    if reason is not None:
+        raise Unsupported(reason)
+    if is_in_place(call.func) and call.before is None:
+        raise Unsupported(f"{name_of(call.func)} wrote over its argument, of which no copy was kept")
+    args, kwargs = _with_copies(call.func, *(call.before or (call.args, call.kwargs)))
+    returned = call.func(*args, **kwargs)
+    again = _tensors(returned) or _written(call.func, args, kwargs)
+    for place, (first, second) in enumerate(zip(results, again, strict=True)):
+        if first.numel():
+            name = "out" if place == 0 else f"out{place}"
+            yield Checked(SENSOR, name, differences(rows_of(first), rows_of(second)), tuple(first.shape))
+
+
+def _with_copies(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not is_in_place(func):
+        return args, kwargs
+    saved, named = list(args), dict(kwargs)
+    for place, declared in enumerate(func._schema.arguments):
+        if declared.alias_info is None or not declared.alias_info.is_write:
+            continue
+        if place < len(saved):
+            saved[place] = _copied(saved[place])
+        elif declared.name in named:
+            named[declared.name] = _copied(named[declared.name])
+    return tuple(saved), named
+
+
+def _written(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that `func` writes to: the results of an operator that returns nothing (lists of an optimizer)."""
+    found: list[Tensor] = []
+    for place, declared in enumerate(func._schema.arguments):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            found += _tensors(args[place] if place < len(args) else kwargs.get(declared.name))
+    return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _dropout(call: Call) -> float | None:
+    if any(declared.name == "dropout_p" for declared in call.func._schema.arguments):
+        return float(argument(call, "dropout_p"))
+    return None
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [_copied(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,100 @@
+"""What the sensors of single operations share: a result seen as rows, and readings made of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.sensors.operation import Call
+from diagnostics.sensors.tolerance import NORM_FLOOR
+
+# Elements a block of rows holds at most: its fp32 temporaries are 1 MiB each, which stays in an L2 cache and bounds
+# the memory of a check whatever the operation's size. One row is the smallest block.
+BLOCK_ELEMENTS = 1 << 18
+
+# A residual that is a count of differences: the tolerance of none is half a difference.
+PER_DIFFERENCE = 2.0
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def argument(call: Call, name: str) -> Any:
+    """The value of the schema's argument `name`, as the call or its default gives it."""
+    for place, declared in enumerate(call.func._schema.arguments):
+        if declared.name == name:
+            if place < len(call.args):
+                return call.args[place]
+            return call.kwargs.get(name, declared.default_value)
+    raise LookupError(f"{call.func} has no argument {name}")
+
+
+def rows_of(t: Tensor, dim: int = -1) -> Tensor:
+    """[rows, n] with dimension `dim` last; the rows in order of the other dimensions. A scalar is one row of one."""
+    if t.dim() == 0:
+        return t.reshape(1, 1)
+    last = t.movedim(dim, -1)
+    return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
+
+
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices that cut `rows` rows of `columns` elements into blocks of at most BLOCK_ELEMENTS."""
+    step = max(1, BLOCK_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def by_blocks(readings: list[Tensor], like: Tensor) -> Tensor:
+    """The readings of blocks as one fp32 [rows]; none is an empty one on the device of `like`."""
+    return torch.cat(readings) if readings else torch.zeros(0, device=like.device)
+
+
+def both_sums(t: Tensor, r: Tensor) -> Tensor:
+    """fp32 [rows, 2]: the plain sum and the r-weighted sum of each row of fp32 [rows, n].
+
+    Two passes on purpose. One product with [1, r] sums 6,497 equal terms to 2e-5 relative (MKL, one thread), a plain
+    sum to 1e-7 and in less time.
+    """
+    return torch.stack((t.sum(-1), torch.mv(t, r)), dim=1)
+
+
+def ratio(residual: Tensor, limit: Tensor) -> Tensor:
+    """|residual| / limit, fp32; the limit is never below NORM_FLOOR. NaN in either stays NaN."""
+    return (residual.abs() / limit.clamp(min=NORM_FLOOR)).float()
+
+
+def worst_element(out: Tensor, expected: Tensor, limit: Tensor) -> Tensor:
+    """fp32 [rows]: the largest |out - expected| / limit of each row of [rows, n]; equal infinities do not differ.
+
+    About five passes. NaN in out, expected or limit gives NaN.
+    """
+    if out.shape[-1] == 0:
+        return torch.zeros(out.shape[0], device=out.device)
+    gap = torch.where(out == expected, 0.0, (out - expected).abs())
+    return (gap / limit.clamp(min=NORM_FLOOR)).amax(-1).float()
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor's bits as integers of the same size, so that NaN equals itself; complex numbers get a dimension."""
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    return t.view(_INTEGERS[t.element_size()])
+
+
+def differences(a: Tensor, b: Tensor) -> Tensor:
+    """fp32 [rows]: PER_DIFFERENCE for each element of a row of [rows, n] whose bits differ, b being of a's shape."""
+    return torch.count_nonzero(bits(a) != bits(b), dim=-1).float().mul_(PER_DIFFERENCE)
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the spacing above 1: the most that rounding to nearest changes a normal number, relatively."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rounding(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a value that rounds to `expected` may stand from it in `dtype`, subnormals included; elementwise."""
+    info = torch.finfo(dtype)
+    return expected.abs().mul_(unit_roundoff(dtype)).add_(info.smallest_normal * info.eps)
