@@ -1,0 +1,186 @@
+"""The checks of softmax and log-softmax, forward and backward: what a row sums to, whatever its scores were.
+
+softmax, p = exp(x - max) / sum. Identity in fp32: each row sums to 1 and no element is negative. Tolerance of the sum:
+z accumulate(n); each element's own error is relative to the element, and those sum to 1. In bf16 and fp16 the rounding
+of p would hide most faults of a sum, so the row is computed once more from its scores in fp32, and each element may
+differ by its rounding. A row that is masked throughout sums to 0 in `_safe_softmax`; in `_softmax` it is NaN and
+alarms.
+
+softmax backward, dx = p (g - s), s = sum p g. Identity, with the step's signs r and, in fp32, again with ones:
+dx r = (p g) r - s (p r). With ones it says that the row sums to s (1 - sum p), zero but for the rounding of p.
+Tolerance: z accumulate(n) (||p g|| + |s|), and for bf16 results z output (||p g|| + |s| ||p||), a bound of ||dx||.
+
+log-softmax, y = x - logsumexp(x). Computed again, element by element: the row's exp sums to 1, but that sum is blind to
+every improbable class, and a label's class is improbable early in training. Tolerance of an element:
+z (accumulate(n) + accumulate (|lse| + |y|)); in bf16 and fp16 also the rounding of y, of lse and of the sum, which
+torch's CPU kernel keeps in y's type (measured: y = -0.0028 came out as 0).
+
+log-softmax backward, dx = g - p s, p = exp(y), s = sum g. Identity, with r and, in fp32, ones: dx r = g r - s (p r).
+With ones, under cross entropy, the row of dlogits sums to 0 but for the rounding of p. Tolerance: z accumulate(n)
+(||g|| + |s|), and z output (||g|| + |s| ||p||) for bf16 results.
+
+Sees: in fp32 a change of p above z accumulate(n), 7e-7 for rows of up to 64; of dx above the same times the norms;
+of y, and of any low-precision p, a few units in its last place. Does not see: wrong scores, which both sides share; a
+wrong score that exp and sum both use, since the row is then stochastic all the same (recomputation sees that); opposite
+changes under ones and under r.
+Cost in passes over the operands, of which the operator itself takes about 4: softmax 2 in fp32, 10 else; log-softmax
+10; backwards 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from diagnostics.sensors.operation import Bench, Call, Check, Checked
+from diagnostics.sensors.rows import (
+    PER_DIFFERENCE,
+    argument,
+    blocks,
+    both_sums,
+    by_blocks,
+    ratio,
+    rounding,
+    rows_of,
+    unit_roundoff,
+    worst_element,
+)
+from diagnostics.sensors.tolerance import Kappa, Z
+
+SENSOR = "softmax"
+
+
+def row_sums(p: Tensor, kappa: Kappa) -> Tensor:
+    """Readings fp32 [rows] of probabilities fp32 [rows, n]: the sum is 1, nothing is negative. Two passes."""
+    return _sums_to(p, torch.ones((), device=p.device), kappa)
+
+
+def probabilities(p: Tensor, x: Tensor, kappa: Kappa) -> Tensor:
+    """Readings fp32 [rows] of probabilities [rows, n] against the softmax of scores [rows, n], element by element."""
+    found = []
+    for block in blocks(*p.shape):
+        expected = torch.softmax(x[block].float(), dim=-1)
+        limit = rounding(expected, p.dtype).add_(expected, alpha=Z * kappa.accumulate_at(p.shape[1]))
+        found.append(worst_element(p[block].float(), expected, limit))
+    return by_blocks(found, p)
+
+
+def log_probabilities(y: Tensor, x: Tensor, kappa: Kappa) -> Tensor:
+    """Readings fp32 [rows] of log-probabilities [rows, n] against scores [rows, n], element by element."""
+    found = []
+    for block in blocks(*y.shape):
+        scores = x[block].float()
+        total = torch.logsumexp(scores, dim=-1, keepdim=True)
+        expected = scores - total
+        limit = (expected.abs() + total.abs()).mul_(Z * kappa.accumulate).add_(Z * kappa.accumulate_at(y.shape[1]))
+        if y.dtype != torch.float32:
+            limit += rounding(expected, y.dtype) + rounding(total, y.dtype) + unit_roundoff(y.dtype)
+        found.append(worst_element(y[block].float(), expected, limit))
+    return by_blocks(found, y)
+
+
+def softmax_gradient(dx: Tensor, grad: Tensor, p: Tensor, bench: Bench, kappa: Kappa) -> Tensor:
+    """Readings fp32 [rows] of dx [rows, n], the softmax's gradient for grad [rows, n] at p [rows, n]."""
+    found = []
+    signs = bench.signs.vector(dx.shape[1])
+    for block in blocks(*dx.shape):
+        weights = p[block].float()
+        product = weights * grad[block].float()
+        sums = both_sums(product, signs)
+        total = sums[:, :1]
+        residual = both_sums(dx[block].float(), signs) - (sums - total * both_sums(weights, signs))
+        norm = torch.linalg.vector_norm(product, dim=-1, keepdim=True)
+        spread = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+        found.append(_gradient_reading(residual, norm, total.abs(), spread, dx.shape[1], kappa))
+    return by_blocks(found, dx)
+
+
+def log_softmax_gradient(dx: Tensor, grad: Tensor, y: Tensor, bench: Bench, kappa: Kappa) -> Tensor:
+    """Readings fp32 [rows] of dx [rows, n], the log-softmax's gradient for grad [rows, n] at y [rows, n]."""
+    found = []
+    signs = bench.signs.vector(dx.shape[1])
+    for block in blocks(*dx.shape):
+        weights, given = y[block].float().exp(), grad[block].float()
+        sums = both_sums(given, signs)
+        total = sums[:, :1]
+        residual = both_sums(dx[block].float(), signs) - (sums - total * both_sums(weights, signs))
+        norm = torch.linalg.vector_norm(given, dim=-1, keepdim=True)
+        spread = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+        found.append(_gradient_reading(residual, norm, total.abs(), spread, dx.shape[1], kappa))
+    return by_blocks(found, dx)
+
+
+def _gradient_reading(residual: Tensor, norm: Tensor, total: Tensor, spread: Tensor, n: int, kappa: Kappa) -> Tensor:
+    limit = (norm + total).mul_(Z * kappa.accumulate_at(n))
+    if kappa.output:
+        # Where p s is below the rounding of g, all of a row round the same way: ones would add that up, signs do not.
+        residual = residual[:, 1:]
+        limit.add_(norm + total * spread, alpha=Z * kappa.output)
+    return ratio(residual, limit).amax(-1)
+
+
+def _sums_to(p: Tensor, expected: Tensor, kappa: Kappa) -> Tensor:
+    if p.shape[1] == 0:
+        return torch.zeros(p.shape[0], device=p.device)
+    sums = ratio(p.sum(-1) - expected, expected.new_tensor(Z * kappa.accumulate_at(p.shape[1])))
+    return torch.maximum(sums, (p.amin(-1) < 0).float() * PER_DIFFERENCE)
+
+
+def _softmax(call: Call, bench: Bench) -> Iterable[Checked]:
+    dim = call.args[1]
+    kappa = bench.kappa("softmax", call.out)
+    p = rows_of(call.out, dim)
+    if call.out.dtype == torch.float32:
+        readings = row_sums(p, kappa)
+    else:
+        readings = probabilities(p, rows_of(call.args[0], dim), kappa)
+    yield Checked(SENSOR, "out", readings, tuple(call.out.shape))
+
+
+def _safe_softmax(call: Call, bench: Bench) -> Iterable[Checked]:
+    dim = call.args[1]
+    kappa = bench.kappa("softmax", call.out)
+    p, x = rows_of(call.out, dim), rows_of(call.args[0], dim)
+    if p.numel() == 0:
+        return
+    seen = x.amax(-1) != -torch.inf  # a row masked throughout is all zeros
+    if call.out.dtype == torch.float32:
+        readings = _sums_to(p, seen.float(), kappa)
+    else:
+        masked = (p.float() != 0).any(-1).float() * PER_DIFFERENCE
+        readings = torch.where(seen, probabilities(p, x, kappa), masked)
+    yield Checked(SENSOR, "out", readings, tuple(call.out.shape))
+
+
+def _log_softmax(call: Call, bench: Bench) -> Iterable[Checked]:
+    dim = call.args[1]
+    kappa = bench.kappa("log_softmax", call.out)
+    readings = log_probabilities(rows_of(call.out, dim), rows_of(call.args[0], dim), kappa)
+    yield Checked(SENSOR, "out", readings, tuple(call.out.shape))
+
+
+def _softmax_backward(call: Call, bench: Bench) -> Iterable[Checked]:
+    kappa = bench.kappa("softmax_backward", call.out)
+    dim = argument(call, "dim")
+    grad, p = rows_of(argument(call, "grad_output"), dim), rows_of(argument(call, "output"), dim)
+    readings = softmax_gradient(rows_of(call.out, dim), grad, p, bench, kappa)
+    yield Checked(SENSOR, "dx", readings, tuple(call.out.shape))
+
+
+def _log_softmax_backward(call: Call, bench: Bench) -> Iterable[Checked]:
+    kappa = bench.kappa("softmax_backward", call.out)
+    dim = argument(call, "dim")
+    grad, y = rows_of(argument(call, "grad_output"), dim), rows_of(argument(call, "output"), dim)
+    readings = log_softmax_gradient(rows_of(call.out, dim), grad, y, bench, kappa)
+    yield Checked(SENSOR, "dx", readings, tuple(call.out.shape))
+
+
+CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
+    torch.ops.aten._softmax: _softmax,
+    torch.ops.aten._safe_softmax: _safe_softmax,
+    torch.ops.aten._log_softmax: _log_softmax,
+    torch.ops.aten._softmax_backward_data: _softmax_backward,
+    torch.ops.aten._log_softmax_backward_data: _log_softmax_backward,
+}
