@@ -1,0 +1,183 @@
+"""The checks of fused attention, forward: every output inside the hull of its values, sampled rows made once more.
+
+O = P V, P = softmax(scale Q K^T + mask), which the kernel never writes down; it gives O and lse, the rows' logsumexp.
+
+Hull, every row. P is non-negative and its rows sum to 1, so each column of O lies between the least and the largest
+value of that column of V (0 included: a row that is masked throughout is 0). Tolerance: z (output + accumulate(S)) of
+the column's largest size. Sees what leaves the hull: wrong exponents, stuck high bits.
+
+Sampled rows. ROWS rows of every head, evenly spaced from an offset that the step's signs draw, are computed again in
+fp32 from q, k, v: lse, then O element by element. Tolerance of lse: z (accumulate(S) + accumulate |lse| + e + exp),
+where e = accumulate(D) scale ||q|| max ||k|| is the rounding of a score and exp, a constant of its own ("sdpa_exp"),
+that of the kernel's exponential, which torch's CPU kernel for bf16 makes with a polynomial good to 6e-5 (measured).
+Tolerance of O: z (accumulate(S) + e) of the column's largest size; for bf16 also the rounding of O, and z output ||P||
+of that size, since kernels round P before the product.
+Every row is drawn with probability ROWS / T a step, and a run of ceil(T / ROWS) wrong rows is met in every step.
+
+Does not see: wrong q, k, v or mask; inside the hull, what the sample leaves out. Scores are where faults last longest
+and show least: a wrong score leaves P stochastic, so nothing but making it again can see it in the forward. Nothing is
+said of scores so large (|scale q k| above 1e5 in fp32) that their own rounding moves P.
+Cost: five passes over O, and ROWS / T of the forward's two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diagnostics.sensors.operation import Bench, Call, Check, Checked, Unsupported
+from diagnostics.sensors.rows import argument, ratio, rounding, worst_element
+from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.tolerance import Kappa, Z
+
+SENSOR = "attention"
+
+# Query rows of each head that are computed again: a 64th of the forward's products at 1,024 positions.
+ROWS = 16
+
+# exp of more than this is infinity in fp32: a tolerance that has grown so far says nothing, and must not become NaN.
+_SATURATED = 80.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What one call was given; G query heads share a key head."""
+
+    query: Tensor  # [B, H, T, D]
+    key: Tensor  # [B, H / G, S, D]
+    value: Tensor  # [B, H / G, S, Dv]
+    scale: float
+    causal: bool  # query t sees keys 0..t
+    mask: Tensor | None  # added to the scores, broadcast to [B, H, T, S]
+
+    @classmethod
+    def of(cls, call: Call) -> Attention:
+        """Read a call. Raises Unsupported for dropout and for causal masks of unequal lengths on GPUs."""
+        query, key, value = (argument(call, name) for name in ("query", "key", "value"))
+        if argument(call, "dropout_p") > 0:
+            raise Unsupported("attention with dropout: its mask of kept weights is not given back")
+        causal = bool(argument(call, "is_causal"))
+        if causal and query.shape[2] != key.shape[2] and query.device.type != "cpu":
+            raise Unsupported("causal attention with other numbers of queries than of keys, on a GPU")
+        names = {declared.name for declared in call.func._schema.arguments}
+        mask = next((argument(call, name) for name in ("attn_mask", "attn_bias") if name in names), None)
+        scale = argument(call, "scale")
+        return cls(query, key, value, query.shape[-1] ** -0.5 if scale is None else float(scale), causal, mask)
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """fp32 [B, H / G, G m, n] of rows [B, H, m, n]: those that meet the same keys beside each other."""
+        batch, _, m, n = rows.shape
+        return rows.float().reshape(batch, self.key.shape[1], self.groups * m, n)
+
+    def scores(self, index: Tensor) -> Tensor:
+        """fp32 [B, H / G, G m, S]: the scores of query rows `index` int64 [m], masked ones -inf."""
+        batch, heads, m = self.query.shape[0], self.query.shape[1], len(index)
+        keys = self.key.float()
+        scores = torch.matmul(self.grouped(self.query.index_select(2, index)), keys.transpose(-1, -2))
+        scores = scores.mul_(self.scale).view(batch, heads, m, -1)
+        if self.mask is not None:
+            mask = self.mask.expand(batch, heads, self.query.shape[2], keys.shape[2])
+            scores += mask.index_select(2, index)
+        if self.causal:
+            future = torch.arange(keys.shape[2], device=index.device) > index[:, None]
+            scores.masked_fill_(future, -torch.inf)
+        return scores.view(batch, keys.shape[1], self.groups * m, -1)
+
+    def seeing(self) -> Tensor | None:
+        """bool [B, H, T]: the rows that see a key at all; None when there is no mask and all do."""
+        if self.mask is None:
+            return None
+        mask = self.mask
+        if self.causal:
+            shape = (self.query.shape[2], self.key.shape[2])
+            mask = mask.expand(*mask.shape[:-2], *shape)
+            mask = mask.masked_fill(torch.ones(shape, dtype=torch.bool, device=mask.device).triu_(1), -torch.inf)
+        return (mask.amax(-1) != -torch.inf).expand(self.query.shape[:3])
+
+    def score_noise(self, kappa: Kappa) -> Tensor:
+        """fp32 [B, H, T]: e, one standard deviation of a row's scores (the largest key's), without z."""
+        longest = torch.linalg.vector_norm(self.key, dim=-1, dtype=torch.float32).amax(-1)
+        lengths = torch.linalg.vector_norm(self.query, dim=-1, dtype=torch.float32)
+        largest: Tensor = lengths * longest.repeat_interleave(self.groups, dim=1)[..., None]
+        return largest * (abs(self.scale) * kappa.accumulate_at(self.query.shape[-1]))
+
+
+def sampled_rows(rows: int, signs: Signs, device: torch.device) -> Tensor:
+    """int64 [min(ROWS, rows)]: evenly spaced rows from an offset drawn by the step's signs, without a host sync."""
+    count = min(ROWS, rows)
+    bits = (signs.vector(24) + 1) / 2  # 24 bits fill fp32's mantissa
+    offset = (bits * torch.exp2(-torch.arange(1.0, 25.0, device=device))).sum()
+    places = (torch.arange(count, device=device) + offset) * (rows / count)
+    return places.long().clamp_(max=rows - 1)
+
+
+def amplified(noise: Tensor) -> Tensor:
+    """exp(z noise) - 1: how far exp of a score may stray when the score does by `noise`, large ones saturating."""
+    return torch.expm1((noise * Z).clamp_(max=_SATURATED))
+
+
+def hull_readings(out: Tensor, value: Tensor, kappa: Kappa) -> Tensor:
+    """Readings fp32 [B H T] of out [B, H, T, Dv] against the range of value [B, H / G, S, Dv], column by column."""
+    low, high = torch.aminmax(value, dim=2, keepdim=True)
+    groups = out.shape[1] // value.shape[1]
+    low, high = (t.float().repeat_interleave(groups, dim=1) for t in (low.clamp(max=0), high.clamp(min=0)))
+    limit = torch.maximum(high, -low) * (Z * (kappa.output + kappa.accumulate_at(value.shape[2])))
+    excess = torch.maximum(out.float() - high, low - out.float()).clamp_(min=0)
+    return ratio(excess, limit).amax(-1).flatten()
+
+
+def row_readings(
+    attention: Attention, out: Tensor, lse: Tensor, index: Tensor, kappa: Kappa, of_exp: Kappa
+) -> tuple[Tensor, Tensor]:
+    """Readings fp32 [B H m] of out [B, H, T, Dv] and of lse [B, H, T] at query rows `index` int64 [m].
+
+    kappa: of the products; of_exp: of the kernel's exponential.
+    """
+    scores, keys = attention.scores(index), attention.key.shape[2]
+    total = torch.logsumexp(scores, dim=-1, keepdim=True)
+    weights = torch.exp(scores - total.clamp(min=torch.finfo(torch.float32).min))  # masked throughout: all zeros
+    value = attention.value.float()
+    noise = attention.grouped(attention.score_noise(kappa).index_select(2, index)[..., None])
+    expected = torch.matmul(weights, value)
+    largest = value.abs().amax(2, keepdim=True)
+    limit = largest * (amplified(noise) + Z * kappa.accumulate_at(keys))
+    if kappa.output:
+        spread = torch.linalg.vector_norm(weights, dim=-1, keepdim=True)
+        limit += rounding(expected, out.dtype) + largest * spread * (Z * kappa.output)
+    of_out = worst_element(attention.grouped(out.index_select(2, index)), expected, limit)
+    given = attention.grouped(lse.index_select(2, index)[..., None])
+    seen = total != -torch.inf  # the lse of a row that is masked throughout is a kernel's own affair
+    lse_limit = (noise + kappa.accumulate_at(keys) + of_exp.accumulate + kappa.accumulate * total.abs()) * Z
+    of_lse = torch.where(seen, ratio(given - total, lse_limit), 0.0)
+    return of_out.flatten(), of_lse.flatten()
+
+
+def _forward(call: Call, bench: Bench) -> Iterable[Checked]:
+    out, lse = call.out[0], call.out[1]
+    attention = Attention.of(call)
+    kappa = bench.kappa("sdpa", out)
+    if out.numel() == 0 or attention.key.shape[2] == 0:
+        return
+    yield Checked(SENSOR, "out", hull_readings(out, attention.value, kappa), tuple(out.shape))
+    if lse.numel() == 0:
+        return  # made without: nobody will go backwards
+    index = sampled_rows(out.shape[2], bench.signs, out.device)
+    of_out, of_lse = row_readings(attention, out, lse, index, kappa, bench.kappa("sdpa_exp", out))
+    shape = (*out.shape[:2], len(index), out.shape[3])
+    yield Checked(SENSOR, "out rows", of_out, shape)
+    yield Checked(SENSOR, "lse", of_lse, shape[:3])
+
+
+CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+    torch.ops.aten._scaled_dot_product_flash_attention: _forward,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _forward,
+}

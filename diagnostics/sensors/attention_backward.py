@@ -1,0 +1,183 @@
+"""The checks of fused attention, backward: three identities over every element of dQ, dK and dV, and sampled rows.
+
+With P = softmax(scale Q K^T + mask), dP = dO V^T, D = rowsum(dO O), dS = P (dP - D):
+    dV = P^T dO        dQ = scale dS K        dK = scale dS^T Q
+A row of P sums to 1, and a row of dS to 0, because D = sum over keys of P dP. Hence for each key head, sums over its
+query heads included:
+1. sum over keys of dV = sum over queries of dO;
+2. sum over keys of dK = 0;
+3. Q^T dQ = scale Q^T dS K = dK^T K, taken once to the right by the step's signs r: Q^T (dQ r) = dK^T (K r).
+All three cost a few passes over the operands, none the size of S. A wrong element of P shows in 1 (its row no longer
+sums to 1, lse being the forward's), one of dP or D in 2, one of dQ in 3. Rows that are masked throughout are left out
+of the sum of dO.
+
+Tolerances, per column j, with n the longer of the lengths T and S, u the unit roundoff, e the score noise of
+`attention`, and eta_t = (accumulate(Dv) + accumulate(S) + e_t) ||dO_t|| max ||V_s|| the noise of a row sum of dS:
+1. z accumulate(n) ||dO_j|| + ||(exp(z e) - 1) dO_j|| + 2 u |sum dO_j|; bf16: z output (||dV_j|| + ||dO_j||);
+2. scale ||z eta Q_j|| + z accumulate(n) ||dK_j||; bf16: z output (||dK_j|| + scale || ||dO_t O_t|| Q_tj ||), the
+   latter because D is made from an O that was rounded;
+3. z (accumulate(n) + output) (|| ||dQ_t|| Q_tj || + || ||K_s|| dK_sj ||).
+torch's CPU kernel adds blocks of dK and dV in bf16: output is 4e-3 there, not the 1.6e-3 of one rounding.
+Here norms of results enter, against the rule of the other sensors: nothing made of q, k, v, dO alone is near enough to
+||dK_j|| without the products themselves. They cannot hide a fault: with theta = z kappa and N the norm without it, a
+fault d of one element raises the tolerance to at most theta sqrt(N^2 + d^2), and is seen from d = theta N /
+sqrt(1 - theta^2) on; theta is 0.028 in bf16 and 1e-5 and less in fp32.
+
+Sampled rows of dQ (the forward's choice) are made again from q, k, v, dO and lse, element by element, with
+scale (z eta + z output ||dS||) max |K_j| and the rounding of dQ.
+
+Does not see: wrong q, k, v, dO; an O and lse that are wrong together; faults that cancel in a column of dK or dV; those
+of a dQ row whose q is zero. A stuck dS that both products read shows in 2 only. Cost: about 20 passes over q's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diagnostics.sensors.attention import SENSOR, Attention, amplified, sampled_rows
+from diagnostics.sensors.operation import Bench, Call, Check, Checked
+from diagnostics.sensors.rows import argument, ratio, rounding, unit_roundoff, worst_element
+from diagnostics.sensors.tolerance import Kappa, Z
+
+# Where attention is uniform, as at the start of training, the weights of a row are equal and round the same way, and so
+# do the rows of dV: roundings of the two that add up instead of averaging out.
+_ALIKE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """One backward call: what came in, grouped by key head (Q = G T queries each), in fp32."""
+
+    attention: Attention
+    query: Tensor  # [B, H / G, Q, D]
+    grad: Tensor  # [B, H / G, Q, Dv]; 0 where a row is masked throughout
+    lse: Tensor  # [B, H / G, Q, 1]
+    key: Tensor  # [B, H / G, S, D]
+    value: Tensor  # [B, H / G, S, Dv]
+    corrected: Tensor  # dO O, elementwise: D is its row sum
+    score_noise: Tensor  # [B, H / G, Q, 1]
+    kappa: Kappa  # of the results
+    inner: Kappa  # of the products that P and dP come from, as in the forward
+
+    @classmethod
+    def of(cls, call: Call, attention: Attention, grad: Tensor, kappa: Kappa, inner: Kappa) -> Backward:
+        """Read a call's operands."""
+        rows = attention.query.shape[2]
+        lse = attention.grouped(argument(call, "logsumexp")[..., :rows, None])  # some kernels pad it
+        seeing, grad = attention.seeing(), attention.grouped(grad)
+        if seeing is not None:
+            grad = torch.where(attention.grouped(seeing[..., None]) != 0, grad, 0.0)
+        return cls(
+            attention,
+            attention.grouped(attention.query),
+            grad,
+            lse,
+            attention.key.float(),
+            attention.value.float(),
+            grad * attention.grouped(argument(call, "out")),
+            attention.grouped(attention.score_noise(inner)[..., None]),
+            kappa,
+            inner,
+        )
+
+    @property
+    def terms(self) -> int:
+        """The longest sum: over a head's queries or keys."""
+        return max(self.query.shape[2], self.key.shape[2])
+
+    def dot_noise(self) -> Tensor:
+        """fp32 [B, H / G, Q, 1]: z eta, the noise of one row's dP - D."""
+        inner = self.inner
+        longest = _lengths(self.value).amax(2, keepdim=True)
+        sums = Z * (inner.accumulate_at(self.value.shape[3]) + inner.accumulate_at(self.key.shape[2]))
+        return (amplified(self.score_noise) + sums) * _lengths(self.grad) * longest
+
+
+def dv_readings(given: Backward, dv: Tensor) -> Tensor:
+    """Readings fp32 [B H/G] of dv [B, H/G, S, Dv]: its sum over keys is dO's over queries."""
+    kappa, alike = given.kappa, unit_roundoff(dv.dtype)
+    dv = dv.float()
+    total = given.grad.sum(2)
+    size = _column_norms(given.grad)
+    limit = size * (Z * kappa.accumulate_at(given.terms)) + total.abs() * (_ALIKE * alike)
+    limit += _column_norms(amplified(given.score_noise) * given.grad)
+    limit += (_column_norms(dv) + size) * (Z * kappa.output)
+    return ratio(dv.sum(2) - total, limit).amax(-1).flatten()
+
+
+def dk_readings(given: Backward, dk: Tensor) -> Tensor:
+    """Readings fp32 [B H/G] of dk [B, H/G, S, D]: its sum over keys is 0."""
+    kappa, dk = given.kappa, dk.float()
+    scale = abs(given.attention.scale)
+    limit = _column_norms(given.dot_noise() * given.query) * scale
+    limit += _column_norms(dk) * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
+    if kappa.output:
+        limit += _column_norms(_lengths(given.corrected) * given.query) * (Z * kappa.output * scale)
+    return ratio(dk.sum(2), limit).amax(-1).flatten()
+
+
+def dq_readings(given: Backward, dq: Tensor, dk: Tensor, r: Tensor) -> Tensor:
+    """Readings fp32 [B H/G] of dq [B, H, T, D] and dk [B, H/G, S, D]: Q^T (dQ r) = dK^T (K r), signs r fp32 [D]."""
+    dq, dk, kappa = given.attention.grouped(dq), dk.float(), given.kappa
+    there = torch.matmul(given.query.transpose(-1, -2), torch.matmul(dq, r)[..., None])
+    back = torch.matmul(dk.transpose(-1, -2), torch.matmul(given.key, r)[..., None])
+    sizes = _column_norms(_lengths(dq) * given.query) + _column_norms(_lengths(given.key) * dk)
+    limit = sizes * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
+    return ratio((there - back)[..., 0], limit).amax(-1).flatten()
+
+
+def dq_row_readings(given: Backward, dq: Tensor, index: Tensor) -> Tensor:
+    """Readings fp32 [B H m] of dq [B, H, T, D] at query rows `index` int64 [m], made again element by element."""
+    attention, kappa = given.attention, given.kappa
+    batch, heads, m = dq.shape[0], given.key.shape[1], len(index)
+
+    def picked(grouped: Tensor) -> Tensor:
+        rows = grouped.view(batch, heads * attention.groups, dq.shape[2], -1).index_select(2, index)
+        return rows.reshape(batch, heads, attention.groups * m, -1)
+
+    weights = torch.exp(attention.scores(index) - picked(given.lse).clamp(min=torch.finfo(torch.float32).min))
+    products = torch.matmul(picked(given.grad), given.value.transpose(-1, -2))
+    slopes = weights * (products - picked(given.corrected).sum(-1, keepdim=True))
+    expected = torch.matmul(slopes, given.key) * attention.scale
+    noise = picked(given.dot_noise()) + _lengths(slopes) * (Z * kappa.output)
+    limit = noise * given.key.abs().amax(2, keepdim=True) * abs(attention.scale)
+    if kappa.output:
+        limit += rounding(expected, dq.dtype)
+    return worst_element(attention.grouped(dq.index_select(2, index)), expected, limit).flatten()
+
+
+def _column_norms(t: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(t, dim=2)
+    return norms
+
+
+def _lengths(t: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
+    return lengths
+
+
+def _backward(call: Call, bench: Bench) -> Iterable[Checked]:
+    dq, dk, dv = call.out[:3]
+    name = call.func._schema.arguments[0].name  # grad_out, or grad_out_ in the efficient kernel
+    attention, grad = Attention.of(call), argument(call, name)
+    if grad.numel() == 0 or attention.key.numel() == 0:
+        return
+    given = Backward.of(call, attention, grad, bench.kappa("sdpa_backward", grad), bench.kappa("sdpa", grad))
+    yield Checked(SENSOR, "dv", dv_readings(given, dv), tuple(dv.shape))
+    yield Checked(SENSOR, "dk", dk_readings(given, dk), tuple(dk.shape))
+    signs = bench.signs.vector(dq.shape[3])
+    yield Checked(SENSOR, "dq", dq_readings(given, dq, dk, signs), tuple(dk.shape))
+    index = sampled_rows(dq.shape[2], bench.signs, dq.device)
+    readings = dq_row_readings(given, dq, index)
+    yield Checked(SENSOR, "dq rows", readings, (*dq.shape[:2], len(index), dq.shape[3]))
+
+
+CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: _backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _backward,
+}

@@ -1,0 +1,221 @@
+"""Fused attention, forward and backward: its identities in exact arithmetic, clean calls, faults, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operations import CPU, SCALES, CpuBench, alarms, aten, checked, gross_faults, outliers, run, with_result, worst
+
+from diagnostics.sensors import attention, attention_backward
+from diagnostics.sensors.attention import ROWS, sampled_rows
+from diagnostics.sensors.operation import Call, Unsupported
+from diagnostics.sensors.signs import Signs
+
+CHECKS = attention.CHECKS | attention_backward.CHECKS
+FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
+BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+DTYPES = (torch.float32, torch.bfloat16)
+DQ, DK, DV = 0, 1, 2
+
+
+class Shape(NamedTuple):
+    queries: int = 40
+    keys: int = 40
+    dim: int = 16
+    key_heads: int = 2
+    groups: int = 1
+    causal: bool = False
+    masked: str = ""
+
+
+SQUARE = Shape()
+
+
+def operands(shape: Shape, seed: int, dtype: torch.dtype, scale: float = 1.0) -> tuple[Any, ...]:
+    """query, key, value, grad, mask; scale multiplies values and divides gradients, scores stay of the order of one."""
+    heads = shape.key_heads * shape.groups
+    q = outliers(2, heads, shape.queries, shape.dim, seed=seed, dtype=dtype)
+    k = outliers(2, shape.key_heads, shape.keys, shape.dim, seed=seed + 1, dtype=dtype)
+    v = outliers(2, shape.key_heads, shape.keys, shape.dim, seed=seed + 2, scale=scale, dtype=dtype)
+    grad = outliers(2, heads, shape.queries, shape.dim, seed=seed + 3, scale=1 / scale, dtype=dtype)
+    mask = None
+    if shape.masked == "bias":
+        mask = outliers(shape.queries, shape.keys, seed=seed, dtype=dtype)
+    elif shape.masked:
+        g = torch.Generator().manual_seed(seed)
+        closed = torch.rand(2, 1, shape.queries, shape.keys, generator=g) < 0.4
+        closed[:, :, shape.queries // 2] = shape.masked == "row"
+        mask = torch.zeros(closed.shape, dtype=dtype).masked_fill_(closed, -torch.inf)
+    return q, k, v, grad, mask
+
+
+def calls(
+    shape: Shape = SQUARE, seed: int = 2_000_001, dtype: Any = torch.float32, scale: float = 1.0
+) -> tuple[Call, Call]:
+    q, k, v, grad, mask = operands(shape, seed, dtype, scale)
+    there = run(FORWARD, q, k, v, 0.0, shape.causal, attn_mask=mask)
+    return there, run(BACKWARD, grad, q, k, v, *there.out, 0.0, shape.causal, attn_mask=mask)
+
+
+SHAPES = st.builds(
+    Shape,
+    queries=st.integers(1, 90),
+    keys=st.integers(1, 90),
+    dim=st.sampled_from((8, 24, 64)),
+    key_heads=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    causal=st.booleans(),
+    masked=st.sampled_from(("", "bias", "some", "row")),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(SHAPES, st.sampled_from(DTYPES), st.sampled_from(SCALES), st.integers(2_000_000, 3_000_000))
+def test_clean_attention_never_alarms(shape: Shape, dtype: torch.dtype, scale: float, seed: int) -> None:
+    for call in calls(shape, seed, dtype, scale):
+        assert worst(CHECKS, call, CpuBench(seed)) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0.0, 1e-4, 30.0, 1e4])
+def test_uniform_and_one_hot_attention_are_quiet(dtype: torch.dtype, size: float) -> None:
+    q, k, v, grad, _ = operands(Shape(70, 70), 2_000_002, dtype)
+    there = run(FORWARD, q * size, k, v, 0.0, False)
+    back = run(BACKWARD, grad + 1, q * size, k, v, *there.out, 0.0, False)
+    assert worst(CHECKS, there) <= 1.0
+    assert worst(CHECKS, back) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_zeros_and_nothing_are_quiet(dtype: torch.dtype) -> None:
+    zeros = torch.zeros(1, 2, 5, 8, dtype=dtype)
+    there = run(FORWARD, zeros, zeros, zeros)
+    assert worst(CHECKS, there) == 0.0
+    assert worst(CHECKS, run(BACKWARD, zeros, zeros, zeros, zeros, *there.out, 0.0, False)) == 0.0
+    empty = Call(FORWARD, (zeros[:0], zeros[:0], zeros[:0]), {}, (zeros[:0], torch.zeros(0, 2, 5)))
+    assert checked(CHECKS, empty) == []
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_identities_hold_in_exact_arithmetic_and_only_they(causal: bool) -> None:
+    q, k, v, grad, _ = (
+        None if t is None else t.double() for t in operands(Shape(groups=2, causal=causal), 5, torch.float32)
+    )
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    by_key = lambda t: t.detach().reshape(2, 2, 80, 16)  # noqa: E731
+    assert torch.allclose(dv.sum(2), by_key(grad).sum(2), atol=1e-10)
+    assert float(dk.sum(2).abs().amax()) < 1e-10 * float(dk.abs().sum(2).amax())
+    there, back = by_key(q).mT @ by_key(dq), dk.mT @ k.detach()
+    assert torch.allclose(there, back, atol=1e-10 * float(there.abs().amax()))
+    # dQ alone sums to nothing: no identity was overlooked that would be cheaper
+    assert float(dq.sum(2).abs().amax()) > 1e-3 * float(dq.abs().sum(2).amax())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [Shape(), Shape(33, 50, groups=2), Shape(causal=True), Shape(masked="some")])
+def test_gross_faults_of_every_result_alarm(dtype: torch.dtype, shape: Shape) -> None:
+    there, back = calls(shape, 2_000_003, dtype)
+    for call, places in ((there, (0,)), (back, (DQ, DK, DV))):
+        for place in places:
+            for fault, bad in gross_faults(call.out[place], 1):
+                assert alarms(CHECKS, with_result(call, bad, place)), (place, fault)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from((DK, DV)), st.sampled_from(DTYPES), st.integers(2, 90), st.integers(2_000_000, 3_000_000))
+def test_a_key_gradient_off_by_the_published_floor_alarms(
+    place: int, dtype: torch.dtype, length: int, seed: int
+) -> None:
+    _, back = calls(Shape(length, length), seed, dtype)
+    clean = back.out[place]
+    bad = clean.clone()
+    column = bad[1, 0, :, seed % 16].float()
+    share = {torch.float32: 1e-4, torch.bfloat16: 0.09}[dtype]
+    grad = back.args[0][1, 0].float()
+    size = column.norm() + (grad[:, seed % 16].norm() if place == DV else 0)
+    if place == DK:  # what the row sums of dS leave: an O that was rounded, a dP that was
+        size = (
+            size
+            + 0.25 * (grad * back.args[4][1, 0].float()).norm(dim=-1) @ back.args[1][1, 0, :, seed % 16].float().abs()
+        )
+        size = size + grad.norm() * back.args[3][1, 0].float().norm(dim=-1).amax() * (dtype == torch.float32)
+    if place == DV:
+        size = size + 0.25 * grad[:, seed % 16].sum().abs()
+    bad[1, 0, seed % length, seed % 16] += share * size + 0.01 * column.abs().amax() * (dtype == torch.bfloat16)
+    assert alarms(CHECKS, with_result(back, bad, place), CpuBench(seed))
+    assert not alarms(CHECKS, with_result(back, bad, place), CpuBench(seed, loose=1e6))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 90), st.integers(2_000_000, 3_000_000))
+def test_a_query_gradient_off_by_a_hundredth_of_its_rms_alarms_in_fp32(length: int, seed: int) -> None:
+    _, back = calls(Shape(length, length), seed * 2)  # without outliers
+    bad = back.out[DQ].clone()
+    row = int(back.args[1][0, 1].norm(dim=-1).argmax())
+    bad[0, 1, row, seed % 16] += 0.01 * bad[0, 1].square().mean().sqrt()
+    found = checked(CHECKS, with_result(back, bad, DQ), CpuBench(seed))
+    assert {each.result for each in found if not bool((each.readings <= 1.0).all())} >= {"dq"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_a_kernel_that_misread_an_operand_is_seen_backward(dtype: torch.dtype, wrong: int) -> None:
+    _, back = calls(Shape(), 2_000_004, dtype)
+    args = list(back.args)
+    args[1 + wrong] = args[1 + wrong].clone()
+    args[1 + wrong][0, 1, 7] *= -4
+    bad = BACKWARD(*args, **back.kwargs)
+    assert alarms(CHECKS, Call(BACKWARD, back.args, back.kwargs, bad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_score_of_a_sampled_row_is_seen_forward_and_that_of_another_is_not(dtype: torch.dtype) -> None:
+    shape = Shape(160, 160)
+    there, _ = calls(shape, 2_000_004, dtype)
+    drawn = sampled_rows(160, Signs(0, CPU), CPU)
+    other = next(row for row in range(160) if row not in drawn.tolist())
+    for row, seen in ((int(drawn[3]), True), (other, False)):
+        q = there.args[0].clone()
+        q[:, :, row] *= -1
+        assert alarms(CHECKS, with_result(there, FORWARD(q, *there.args[1:]))) == seen
+    bad = there.out[1].clone()
+    bad[0, 0, int(drawn[2])] += 1e-3
+    assert alarms(CHECKS, with_result(there, bad, 1))
+
+
+def test_every_row_is_drawn_in_some_step_and_no_long_run_is_ever_missed() -> None:
+    drawn = [sampled_rows(100, Signs(key, CPU), CPU) for key in range(200)]
+    assert set(torch.cat(drawn).tolist()) == set(range(100))
+    for rows in drawn:
+        assert len(set(rows.tolist())) == ROWS
+        assert int(rows.diff().amax()) <= -(-100 // ROWS)
+    assert sampled_rows(5, Signs(1, CPU), CPU).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_nan_operand_gives_nan_readings() -> None:
+    q, k, v, grad, _ = operands(Shape(), 4, torch.float32)
+    v[0, 0, 3, 3] = torch.nan
+    there = run(FORWARD, q, k, v)
+    assert all(bool(each.readings.isnan().any()) for each in checked(CHECKS, there) if each.result != "lse")
+    back = run(BACKWARD, grad, q, k, v, *there.out, 0.0, False)
+    assert bool(checked(CHECKS, back)[1].readings.isnan().any())
+
+
+def test_dropout_and_what_a_gpu_leaves_open_are_refused() -> None:
+    q, k, v, grad, _ = operands(Shape(), 4, torch.float32)
+    there, back = calls()
+    with pytest.raises(Unsupported, match="dropout"):
+        checked(CHECKS, Call(FORWARD, (q, k, v, 0.1), {}, there.out))
+    with pytest.raises(Unsupported, match="dropout"):
+        checked(CHECKS, Call(BACKWARD, (grad, q, k, v, *there.out, 0.1, False), {}, back.out))
+    meta = [t.to("meta") for t in (q[:, :, :3], k, v)]
+    flash = aten._scaled_dot_product_flash_attention.default
+    with pytest.raises(Unsupported, match="other numbers"):
+        attention.Attention.of(Call(flash, (*meta, 0.0, True), {}, None))
