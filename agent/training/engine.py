@@ -32,6 +32,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4
 #: Of the optimizer's moments (arXiv 2412.19437, section 3.3.3: bf16 beside FP8); masters and gradients are fp32.
 MOMENTS = {"fp32": torch.float32, "bf16": torch.float32, "fp8": torch.bfloat16}
 
+#: Share of the operators without an identity that a step runs again. All of them would take another half of a step of
+#: `tiny`; spares' audits and digests look at the rest. What is drawn changes with the step.
+_AGAIN = 1 / 16
+
 _NO_COUNTS = torch.zeros(0, 0, dtype=torch.int64)
 #: Called as (model, step, attempt); the context surrounds forward and backward. Drills enter here.
 Surround = Callable[[nn.Module, int, int], AbstractContextManager[object]]
@@ -93,7 +97,7 @@ class Engine:
         self.model = V3(self.preset.config, _DTYPES[spec.precision], self.parallel)
         moments = MOMENTS[spec.precision]
         self.layout = StateLayout(self.model, moments) if mesh is None else ShardLayout(self.model, mesh, rank, moments)
-        self.guard = Guard(self.model, tolerance_scale=spec.tolerance_scale, enabled=spec.sensors)
+        self.guard = self._guarded(spec.tolerance_scale)
         self._tallies = tuple(
             (name, tally)
             for name, module in self.model.named_modules()
@@ -165,6 +169,9 @@ class Engine:
             deviation=deviation,
         )
 
+    def _guarded(self, scale: float) -> Guard:
+        return Guard(self.model, tolerance_scale=scale, enabled=self.spec.sensors, again=_AGAIN)
+
     def _clock(self, sense: GuardedStep) -> int:
         first = sense.first_alarm
         return 0 if first is None else self.journal.clock(first)
@@ -176,7 +183,7 @@ class Engine:
         self.initialise(state)
         self.bind(state)
         guard, surround = self.guard, self.surround
-        self.guard, self.surround = Guard(self.model, tolerance_scale=1.0, enabled=self.spec.sensors), undisturbed
+        self.guard, self.surround = self._guarded(1.0), undisturbed
         self.compute(0, 0, 1, torch.zeros(self.layout.flat))
         self.guard, self.surround = guard, surround
 

@@ -45,12 +45,13 @@ class Guard:
         optimizer: what updates it. With it one parameter's update a step is repeated and compared, and parameters and
             moments must be, when the next guarded step begins, what the update left: else that step has an alarm.
         budget: the checks' share of a step's other time, e.g. 0.01; calls are sampled to keep it. None: no limit.
+        again: share of the calls of operators without an identity (element-wise work, moves) that are run once more.
         tolerance_scale: what every shipped tolerance is multiplied by.
         enabled: False makes every step a plain one.
         table: tolerances in place of the shipped ones.
 
     Raises:
-        ValueError: tolerance_scale or budget is not a positive finite number.
+        ValueError: tolerance_scale or budget is not a positive finite number, or `again` not in 0..1.
     """
 
     def __init__(
@@ -58,11 +59,15 @@ class Guard:
         model: nn.Module,
         optimizer: Optimizer | None = None,
         budget: float | None = None,
+        again: float = 1.0,
         tolerance_scale: float = 1.0,
         enabled: bool = True,
         table: ToleranceTable | None = None,
     ) -> None:
+        if not 0 <= again <= 1:
+            raise ValueError(f"again is {again}, must be a share in 0..1")
         self.enabled = enabled
+        self.again = again
         self.places = Places(model)
         self.upkeep = Upkeep(model, optimizer) if optimizer is not None and enabled else None
         self.compiled = any(_is_compiled(module) for module in model.modules())
@@ -135,7 +140,15 @@ class GuardedStep:
         self._scalars: dict[str, Tensor] = {}
         self._settled: tuple[float, list[Alarm], list[Statistic], int] | None = None
         self._inspection = Inspection(
-            key, guard.places, guard.log, guard.account, guard.sampler, guard.table, guard.widening, guard.device
+            key,
+            guard.places,
+            guard.log,
+            guard.account,
+            guard.sampler,
+            guard.table,
+            guard.widening,
+            guard.device,
+            guard.again,
         )
 
     def __enter__(self) -> GuardedStep:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diagnostics.sensors import recompute
 from diagnostics.sensors.announced import Announced, inside_announced
 from diagnostics.sensors.coverage import Coverage
 from diagnostics.sensors.gemm import SENSOR as GEMM
 from diagnostics.sensors.gemm import row_readings
+from diagnostics.sensors.kinds import is_in_place
 from diagnostics.sensors.operand import Operand, Operands
 from diagnostics.sensors.operation import Call, Checked, Unsupported
 from diagnostics.sensors.places import Place, Places
@@ -23,7 +25,7 @@ from diagnostics.sensors.sampling import Sampler
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
 
-NOT_DRAWN = "not drawn: the budget allows a share of the calls"
+NOT_DRAWN = "not drawn: a share of the calls is checked"
 
 
 class Inspection:
@@ -39,6 +41,7 @@ class Inspection:
         table: ToleranceTable,
         widening: Widening,
         device: torch.device,
+        again: float,
     ) -> None:
         self.signs = Signs(key, device)
         self.skipped: dict[str, int] = {}  # calls that their check could not judge, by reason
@@ -52,6 +55,7 @@ class Inspection:
         self._table = table
         self._widening = widening
         self._operands = Operands()
+        self._again = again
         self._calls = 0
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,7 +64,8 @@ class Inspection:
         if plan is None or inside_announced():
             return func(*args, **kwargs)
         self._calls += 1
-        if plan.check is None or not self._sampler.draws(self._key, self._calls):
+        share = self._again if plan.again else 1.0
+        if plan.check is None or not self._sampler.draws(self._key, self._calls, share):
             out = func(*args, **kwargs)
             self._pass_by(plan, args, out)
             return out
@@ -109,24 +114,37 @@ class Inspection:
         check = plan.check
         assert check is not None
         with quiet():
-            self._judge(place, plan.name, lambda: check(call, self))
+            self._judge(place, plan.name, lambda: check(call, self), None if plan.again else call)
 
-    def _judge(self, place: Place, operation: str, check: Callable[[], Iterable[Checked]]) -> None:
+    def _judge(
+        self, place: Place, operation: str, check: Callable[[], Iterable[Checked]], instead: Call | None = None
+    ) -> None:
+        """Keep a check's readings. Where an identity cannot judge its call, the operator is run again instead."""
         try:
-            made = tuple(check())
+            for one in check():
+                self._keep(place, operation, one)
         except (Unsupported, UnknownTolerance) as reason:
-            self._skip(place, operation, str(reason))
+            if instead is not None and self._may_run_again(instead):
+                self._judge(place, operation, lambda: recompute.check(instead, self))
+            else:
+                self._skip(place, operation, str(reason))
             return
         except Exception as broken:  # noqa: BLE001 - whatever it is, a sensor's own fault must not stop the training
             self.failures += 1
             self._skip(place, operation, f"the check itself failed: {type(broken).__name__}: {broken}")
             return
-        for one in made:
-            what = operation if one.result == "out" else f"{operation}.{one.result}"
-            factor = self._widening.factor(one.sensor, place.pass_)
-            readings = one.readings if factor == 1.0 else one.readings / factor
-            self._log.append(Site(one.sensor, place.module, what, place.pass_, one.shape), readings)
         self._coverage.count(place.module, operation, place.pass_, True)
+
+    def _keep(self, place: Place, operation: str, one: Checked) -> None:
+        what = operation if one.result == "out" else f"{operation}.{one.result}"
+        factor = self._widening.factor(one.sensor, place.pass_)
+        readings = one.readings if factor == 1.0 else one.readings / factor
+        self._log.append(Site(one.sensor, place.module, what, place.pass_, one.shape), readings)
+
+    def _may_run_again(self, call: Call) -> bool:
+        """What an operator wrote over was kept for its identity only, not for another run."""
+        drawn = self._sampler.draws(self._key, self._calls, self._again)
+        return drawn and call.func.namespace == "aten" and not is_in_place(call.func)
 
     def _announced(self, product: Announced, out: Tensor) -> Iterable[Checked]:
         kappa = self.kappa(product.operation, out)

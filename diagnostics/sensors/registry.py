@@ -1,4 +1,4 @@
-"""Which check covers which aten operator, and which operators compute nothing that could be wrong."""
+"""Which check covers which operator: an identity where there is one, the operator once more where there is none."""
 
 from __future__ import annotations
 
@@ -8,53 +8,50 @@ from functools import cache
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from diagnostics.sensors import gemm, grouped
+from diagnostics.sensors import attention, attention_backward, gemm, grouped, losses, recompute, softmax
+from diagnostics.sensors.kinds import kind_of, name_of
 from diagnostics.sensors.operation import Before, Check
 
 aten = torch.ops.aten
 
-_SENSORS = (gemm, grouped)
-_CHECKS: dict[OpOverloadPacket, Check] = {}
-_BEFORE: dict[OpOverloadPacket, Before] = {}
-for _sensor in _SENSORS:
-    _CHECKS |= _sensor.CHECKS
-    _BEFORE |= _sensor.BEFORE
-PRODUCTS = frozenset(gemm.CHECKS | grouped.CHECKS)
+_IDENTITIES: dict[OpOverloadPacket, Check] = {}
+for _sensor in (gemm, grouped, attention, attention_backward, softmax, losses):
+    _IDENTITIES |= _sensor.CHECKS
+_PRODUCTS = frozenset(gemm.CHECKS | grouped.CHECKS)
 # Values in another type or layout: a weight that is cast keeps its name.
-COPIES = frozenset((aten._to_copy, aten.clone))
-_MEMORY = frozenset((aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided))
+_COPIES = frozenset((aten._to_copy, aten.clone))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do with an operator: check it, with what was kept before it ran; or say why not."""
+    """What to do with an operator: check it, with what was kept before it ran; or say why not.
+
+    again: the check runs the operator once more. product: its last argument may be a weight. copies: its result holds
+    the values of its first argument.
+    """
 
     name: str
     check: Check | None
     before: Before | None
+    again: bool
     product: bool
     copies: bool
-    reason: str
+    reason: str = ""
 
 
 @cache
 def plan_of(func: OpOverload) -> Plan | None:
     """None for views and for memory without values: there is nothing to get wrong."""
-    packet = func.overloadpacket
-    if packet in _MEMORY or _is_view(func):
+    packet, kind, name = func.overloadpacket, kind_of(func), name_of(func)
+    if kind in ("view", "blank"):
         return None
-    check = _CHECKS.get(packet)
-    return Plan(
-        packet.__name__,
-        check,
-        _BEFORE.get(packet),
-        packet in PRODUCTS,
-        packet in COPIES,
-        "" if check is not None else "no check covers this operator",
-    )
-
-
-def _is_view(func: OpOverload) -> bool:
-    """Every result shows memory of an argument that is not written."""
-    returns = func._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    product, copies = packet in _PRODUCTS, packet in _COPIES
+    identity = _IDENTITIES.get(packet)
+    if identity is not None:
+        return Plan(name, identity, gemm.BEFORE.get(packet), False, product, copies)
+    if func.namespace != "aten":
+        return Plan(name, None, None, False, product, copies, f"{func.namespace} is not torch's: it may have effects")
+    reason = recompute.why_not(func, "cpu", 0.0)  # what differs by device or dropout, each call says
+    if reason is not None:
+        return Plan(name, None, None, False, product, copies, reason)
+    return Plan(name, recompute.check, recompute.keeper(func), True, product, copies)

@@ -78,9 +78,9 @@ def worst_element(out: Tensor, expected: Tensor, limit: Tensor) -> Tensor:
 
 
 def bits(t: Tensor) -> Tensor:
-    """The tensor's bits as integers of the same size, so that NaN equals itself; complex numbers get a dimension."""
+    """The tensor's bits as integers of the same size, so that NaN equals itself; complex numbers are two each."""
     if t.is_complex():
-        t = torch.view_as_real(t)
+        t = torch.view_as_real(t).flatten(-2)
     return t.view(_INTEGERS[t.element_size()])
 
 

@@ -24,11 +24,10 @@ class Sampler:
         self.budget = budget
         self.share = 1.0
 
-    def draws(self, key: int, call: int) -> bool:
-        """Whether the call with this number is checked in the step with this key."""
-        if self.share >= 1.0:
-            return True
-        return splitmix64(splitmix64(key & MASK) ^ call) < self.share * (MASK + 1)
+    def draws(self, key: int, call: int, of: float = 1.0) -> bool:
+        """Whether the call with this number is checked in the step with this key; `of` is its kind's own share."""
+        share = self.share * of
+        return share >= 1.0 or splitmix64(splitmix64(key & MASK) ^ call) < share * (MASK + 1)
 
     def spent(self, checks_s: float, step_s: float) -> None:
         """A step took so long altogether, of which so long for the checks that were drawn."""

@@ -58,7 +58,7 @@ def test_every_pass_is_checked_and_no_bit_changes() -> None:
     model = Sample()
     model(batch()).backward()
     clean = gradients(model)
-    guard = Guard(model)
+    guard = Guard(model, again=0)
     with guard.step(1) as step:
         model(batch()).backward()
     assert all(torch.equal(a, b) for a, b in zip(clean, gradients(model), strict=True))
@@ -123,7 +123,7 @@ def test_the_check_compares_with_what_the_kernel_saw() -> None:
 
 def test_a_kernel_without_a_tolerance_is_skipped_and_said() -> None:
     weight = nn.Parameter(torch.randn(4, 4))
-    guard = Guard(nn.ParameterList([weight]))
+    guard = Guard(nn.ParameterList([weight]), again=0)
     with pytest.raises(NothingToCheck, match="unheard"), guard.step(1):
         announce(Announced("unheard", "fprop", weight, lambda: (weight, weight)), torch.eye(4), watchers(weight))
     assert ("unheard", 0.0) in [(row.operation, row.checked) for row in guard.coverage()]
