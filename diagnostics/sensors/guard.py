@@ -10,6 +10,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from diagnostics.health import Alarm
@@ -19,6 +20,7 @@ from diagnostics.sensors.places import Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
 from diagnostics.sensors.sampling import Sampler
+from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import History, Statistic
 from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
 from diagnostics.sensors.upkeep import Upkeep
@@ -45,7 +47,8 @@ class Guard:
         optimizer: what updates it. With it one parameter's update a step is repeated and compared, and parameters and
             moments must be, when the next guarded step begins, what the update left: else that step has an alarm.
         budget: the checks' share of a step's other time, e.g. 0.01; calls are sampled to keep it. None: no limit.
-        again: share of the calls of operators without an identity (element-wise work, moves) that are run once more.
+        again: share of the calls of operators without an identity (element-wise work, moves) that are run once more,
+            and of the tensors kept for the backward that are hashed.
         tolerance_scale: what every shipped tolerance is multiplied by.
         enabled: False makes every step a plain one.
         table: tolerances in place of the shipped ones.
@@ -160,6 +163,8 @@ class GuardedStep:
             self._eyes = self._modes.enter_context(Eyes(self._inspection))
             if not guard.compiled:
                 self._modes.enter_context(Keeper(self._eyes))
+                kept = Saved(self._inspection)
+                self._modes.enter_context(saved_tensors_hooks(kept.pack, kept.unpack))
             self._begun = time.perf_counter()
         return self
 

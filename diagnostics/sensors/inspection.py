@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.sensors import recompute
+from diagnostics.sensors import recompute, saved
 from diagnostics.sensors.announced import Announced, inside_announced
 from diagnostics.sensors.coverage import Coverage
 from diagnostics.sensors.gemm import SENSOR as GEMM
@@ -57,6 +58,7 @@ class Inspection:
         self._operands = Operands()
         self._again = again
         self._calls = 0
+        self._over = False
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator and look at it."""
@@ -95,8 +97,25 @@ class Inspection:
             self._judge(place, product.operation, lambda: self._announced(product, out))
         self.seconds += time.perf_counter() - begin
 
+    def draws_saved(self) -> bool:
+        """See `saved.Watcher`."""
+        self._calls += 1
+        return not self._over and self._sampler.draws(self._key, self._calls, self._again)
+
+    def compared(self, tensor: Tensor, equal: bool) -> None:
+        """See `saved.Watcher`."""
+        place = self._places.of((), False)
+        reading = tensor.new_full((1,), 0.0 if equal else math.inf, dtype=torch.float32)
+        self._keep(place, "saved tensor", Checked(saved.SENSOR, "out", reading, tuple(tensor.shape)))
+        self._coverage.count(place.module, "saved tensor", place.pass_, True)
+
+    def spent(self, seconds: float) -> None:
+        """See `saved.Watcher`."""
+        self.seconds += seconds
+
     def end(self) -> None:
         """The step is over: let go of its tensors."""
+        self._over = True
         self._operands.clear()
 
     def kappa(self, kernel: str, like: Tensor) -> Kappa:

@@ -298,3 +298,29 @@ def test_grouped_products(dtype: torch.dtype, error: float) -> None:
                 torch._grouped_mm(x, weight, offs=offs).square().sum().backward()
             assert step.clean is (at < 0)
             assert step.checks == 3
+
+
+@pytest.mark.parametrize("bit", [0, 22, 30])
+def test_what_autograd_keeps_is_watched(bit: int) -> None:
+    """One bit of a saved activation flips between forward and backward: both sides of every product agree on it."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.between = torch.relu(self.first(x))
+            return self.second(self.between)
+
+    model = Two()
+    for again, seen in ((1.0, True), (0.0, False)):  # without the hash nobody sees it: the control
+        guard = Guard(model, again=again)
+        with guard.step(1) as clean:
+            model(batch(0, 4, 8)).sum().backward()
+        assert clean.clean
+        with guard.step(1) as step:
+            loss = model(batch(0, 4, 8)).sum()
+            model.between.data.view(torch.int32)[1, 2] ^= 1 << bit
+            loss.backward()
+        assert {alarm.sensor for alarm in step.alarms} == ({"saved"} if seen else set())

@@ -1,0 +1,75 @@
+"""Watches what autograd keeps between forward and backward: bits must still be there when the backward reads them.
+
+Identity. A saved tensor is hashed when it is kept and again when it is used; the two must be equal. The hash is the one
+of `multilinear`: any flip of any number of bits of one word shows.
+
+Sees: memory that changed meanwhile, which the check of a product cannot see, since both of its sides share the operand.
+Does not see: a value that was wrong when it was kept (its own operator's check does); what checkpointing drops and
+makes again. Cost: one hash when a tensor is first kept, one whenever it is used. On GPUs, where this has not run, each
+hash waits for the device.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from diagnostics.sensors.digest import digest
+from diagnostics.sensors.quiet import quiet
+
+SENSOR = "saved"
+
+
+class Kept(NamedTuple):
+    """A tensor with the hash it had when it was kept."""
+
+    tensor: Tensor
+    hash: int
+
+
+class Watcher(Protocol):
+    """Who draws which tensors are hashed, and hears of each comparison."""
+
+    def draws_saved(self) -> bool:
+        """Whether the next tensor is hashed."""
+
+    def compared(self, tensor: Tensor, equal: bool) -> None:
+        """A tensor that is about to be used is what was kept, or not."""
+
+    def spent(self, seconds: float) -> None:
+        """Hashing took so long."""
+
+
+class Saved:
+    """The pair of hooks of `torch.autograd.graph.saved_tensors_hooks`."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._known: dict[tuple[object, ...], tuple[StorageWeakRef, int]] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor | Kept:
+        """Keep a tensor, with its hash if it is drawn. Several operators keep one tensor: it is hashed once."""
+        if not tensor.numel() or tensor.is_sparse or tensor.is_quantized or not self._watcher.draws_saved():
+            return tensor
+        begin = time.perf_counter()
+        with quiet():
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+            known = self._known.get(key)
+            if known is None or known[0].expired():  # type: ignore[no-untyped-call]
+                storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                known = self._known[key] = (storage, digest(tensor))
+        self._watcher.spent(time.perf_counter() - begin)
+        return Kept(tensor, known[1])
+
+    def unpack(self, kept: Tensor | Kept) -> Tensor:
+        """Give the tensor back, compared."""
+        if isinstance(kept, Tensor):
+            return kept
+        begin = time.perf_counter()
+        with quiet():
+            self._watcher.compared(kept.tensor, digest(kept.tensor) == kept.hash)
+        self._watcher.spent(time.perf_counter() - begin)
+        return kept.tensor
