@@ -1,4 +1,4 @@
-"""The public face of Assay for people's own training loops: `assay.Guard`. Names load on first use.
+"""The public face of Assay for people's own training loops: `assay.Guard`, and callbacks for others' loops.
 
 guard = assay.Guard(model, optimizer)
 for batch in data:
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from diagnostics.health import Alarm
     from diagnostics.sensors.coverage import CoverageRow
     from diagnostics.sensors.guard import Guard, GuardedStep, NothingToCheck
+    from diagnostics.sensors.loops import TrainerCallback, lightning_callback
 
-__all__ = ["Alarm", "CoverageRow", "Guard", "GuardedStep", "NothingToCheck"]
+__all__ = [
+    "Alarm",
+    "CoverageRow",
+    "Guard",
+    "GuardedStep",
+    "NothingToCheck",
+    "TrainerCallback",
+    "lightning_callback",
+]
 
 _HOMES = {
     "Alarm": "diagnostics.health",
@@ -30,6 +39,8 @@ _HOMES = {
     "Guard": "diagnostics.sensors.guard",
     "GuardedStep": "diagnostics.sensors.guard",
     "NothingToCheck": "diagnostics.sensors.guard",
+    "TrainerCallback": "diagnostics.sensors.loops",
+    "lightning_callback": "diagnostics.sensors.loops",
 }
 
 

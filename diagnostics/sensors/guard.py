@@ -188,6 +188,11 @@ class GuardedStep:
         if kind is None and not guard.account.checked and not len(guard.log):
             raise NothingToCheck(_nothing(guard.coverage()))
 
+    def abandon(self) -> None:
+        """Leave the step's context without an account: it was cut short."""
+        self._modes.close()
+        self._inspection.end()
+
     @property
     def skipped(self) -> dict[str, int]:
         """Calls that their check could not judge, by reason."""

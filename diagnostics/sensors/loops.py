@@ -1,0 +1,142 @@
+"""Guards steps inside other libraries' training loops: Hugging Face's Trainer and Lightning.
+
+Either way a guarded step begins before the forward of the first micro-batch and ends right before the optimizer's step.
+If it is not clean its gradients are dropped, so that the optimizer, which passes parameters without a gradient over,
+commits nothing of it; the loop goes on with the next batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from diagnostics.sensors.guard import Guard, GuardedStep
+
+_log = logging.getLogger("assay")
+
+OnAlarm = Callable[[GuardedStep], None]
+
+
+class GuardedLoop:
+    """The part that both have in common. `guard` is made when training begins; `dropped` counts steps not committed."""
+
+    def __init__(self, on_alarm: OnAlarm | None, options: dict[str, Any]) -> None:
+        self.guard: Guard | None = None
+        self.dropped = 0
+        self._on_alarm = on_alarm
+        self._options = options
+        self._step: GuardedStep | None = None
+
+    def start(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Training begins."""
+        self.guard = Guard(model, optimizer, **self._options)
+
+    def begin(self) -> None:
+        """A step begins, unless one is under way: the optimizer has not stepped since."""
+        if self.guard is not None and self._step is None:
+            self._step = self.guard.step().__enter__()
+
+    def settle(self, optimizer: Optimizer) -> None:
+        """The optimizer is about to step: it does so with clean gradients or with none."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        step.__exit__(None, None, None)
+        if step.clean:
+            return
+        self.dropped += 1
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        _log.warning("step not committed, %d alarms, the first: %s", len(step.alarms), step.alarms[0])
+        if self._on_alarm is not None:
+            self._on_alarm(step)
+
+    def stop(self) -> None:
+        """Training ends, perhaps within a step."""
+        step, self._step = self._step, None
+        if step is not None:
+            step.abandon()
+
+
+class TrainerCallback(GuardedLoop):
+    """For Hugging Face's Trainer: `Trainer(..., callbacks=[assay.TrainerCallback()])`.
+
+    Args:
+        on_alarm: called with the step when one is not clean, after its gradients were dropped.
+        options: of the guard, e.g. budget=0.01.
+    """
+
+    def __init__(self, on_alarm: OnAlarm | None = None, **options: Any) -> None:
+        super().__init__(on_alarm, options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Events that mean nothing to the guard: the library calls all of them, and adds some in each version."""
+        if name.startswith("on_"):
+            return lambda *_, **__: None
+        raise AttributeError(name)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The optimizer comes wrapped by accelerate."""
+        optimizer = given.get("optimizer")
+        self.start(given["model"], getattr(optimizer, "optimizer", optimizer))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Before the first micro-batch of a step."""
+        self.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """After the gradients of all micro-batches were added up and clipped."""
+        self.settle(given["optimizer"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The last step may have been cut short."""
+        self.stop()
+
+
+def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
+    """For Lightning: `Trainer(callbacks=[assay.lightning_callback()])`; arguments as of `TrainerCallback`.
+
+    Its updates run forward and backward as a closure, so `optimizer` checks are left out; the state at rest is watched.
+    Raises ModuleNotFoundError when neither `lightning` nor `pytorch_lightning` is installed.
+    """
+    loop = GuardedLoop(on_alarm, options)
+
+    class Callback(_lightning().Callback):  # type: ignore[misc]  # the library is the user's
+        """Lightning wants a subclass of its own."""
+
+        @property
+        def guard(self) -> Guard | None:
+            return loop.guard
+
+        @property
+        def dropped(self) -> int:
+            return loop.dropped
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            loop.start(module, trainer.optimizers[0] if len(trainer.optimizers) == 1 else None)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            loop.begin()
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            loop.settle(optimizer)
+
+        def on_train_end(self, *_: Any) -> None:
+            loop.stop()
+
+    return Callback()
+
+
+def _lightning() -> Any:
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    raise ModuleNotFoundError("lightning_callback needs Lightning: pip install lightning")

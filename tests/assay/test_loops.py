@@ -1,0 +1,163 @@
+"""Guarded training inside Hugging Face's Trainer and Lightning: the same weights when clean, no commit when not."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning
+import torch
+import transformers
+from test_public_guard import Corrupt, llama
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import assay
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both libraries warn about their own use of torch
+        yield
+    torch.set_num_threads(before)
+
+
+class Samples(Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 2 * STEPS
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def by_trainer(folder: Path, callbacks: list[Any], around: Callable[[], Any] | None) -> list[Tensor]:
+    model: Any = llama()
+    if around is not None:
+        model.forward = _corrupted(model.forward, around)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    transformers.Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=callbacks).train()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def by_lightning(folder: Path, callbacks: list[Any], around: Callable[[], Any] | None) -> list[Tensor]:
+    class Module(pytorch_lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = llama()
+            if around is not None:
+                self.net.forward = _corrupted(self.net.forward, around)
+
+        def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+            loss: Tensor = self.net(**batch).loss
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    module = Module()
+    trainer = pytorch_lightning.Trainer(
+        max_steps=STEPS,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        default_root_dir=str(folder),
+    )
+    trainer.fit(module, DataLoader(Samples(), batch_size=1))
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def _corrupted(forward: Callable[..., Any], around: Callable[[], Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)  # the Trainer reads the signature to choose columns
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return forward(*args, **kwargs)
+
+    return run
+
+
+class SecondForward:
+    """Corrupts a product of the second micro-batch: of the first step."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> Corrupt:
+        self.calls += 1
+        return Corrupt(3 if self.calls == 2 else -1)
+
+
+LOOPS = {
+    "trainer": (by_trainer, assay.TrainerCallback),
+    "lightning": (by_lightning, assay.lightning_callback),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_clean_run_ends_with_the_same_weights(loop: str, tmp_path: Path) -> None:
+    run, make = LOOPS[loop]
+    callback = make()
+    plain, guarded = run(tmp_path, [], None), run(tmp_path, [callback], None)
+    assert all(torch.equal(a, b) for a, b in zip(plain, guarded, strict=True))
+    assert callback.dropped == 0
+    products = [row for row in callback.guard.coverage() if row.operation in ("mm", "bmm")]
+    assert products
+    assert all(row.checked == 1 for row in products)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_corrupted_step_is_not_committed(loop: str, tmp_path: Path) -> None:
+    run, make = LOOPS[loop]
+    told: list[assay.GuardedStep] = []
+    callback = make(on_alarm=told.append)
+    unguarded = run(tmp_path, [], SecondForward())
+    guarded = run(tmp_path, [callback], SecondForward())
+    assert callback.dropped == len(told) == 1
+    assert told[0].alarms[0].sensor == "gemm"
+    # The control: without the callback the same fault is committed and all weights differ from here on.
+    clean = run(tmp_path, [], None)
+    assert any(not torch.equal(a, b) for a, b in zip(unguarded, clean, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(unguarded, guarded, strict=True))
+
+
+def test_options_reach_the_guard(tmp_path: Path) -> None:
+    callback = assay.TrainerCallback(budget=0.05, again=0.5)
+    by_trainer(tmp_path, [callback], None)
+    assert callback.guard is not None
+    assert callback.guard.sampler.budget == 0.05
+    assert callback.guard.again == 0.5
+
+
+def test_modules_of_lightning_are_named() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+
+    holder = Holder()
+    guard = assay.Guard(holder)
+    with guard.step():
+        holder.net(torch.ones(2, 4)).sum().backward()
+    assert {row.module for row in guard.coverage() if row.operation == "addmm"} == {"net"}
