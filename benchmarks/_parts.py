@@ -36,7 +36,7 @@ _CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
             "GatherBackward",
         ),
     ),
-    ("SwiGLU", ("aten::silu", "SiluBackward", "_SwiGLU")),
+    ("SwiGLU", ("aten::silu", "SiluBackward", "_Experts")),
     ("casts of weights, activations and gradients", ("aten::to", "aten::_to_copy", "ToCopyBackward")),
     ("optimizer", ("Optimizer.", "aten::_fused_adamw_")),
     ("clipping", ("aten::linalg_vector_norm", "aten::_foreach")),

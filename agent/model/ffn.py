@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agent.model.fused import Weights
 from agent.model.linear import Linear
 
 
@@ -22,3 +23,8 @@ class FeedForward(nn.Module):
         """[tokens, hidden_size] -> [tokens, hidden_size]."""
         y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return y
+
+    @property
+    def weights(self) -> Weights:
+        """The masters, for whoever makes the products of many experts at once."""
+        return Weights(self.gate.weight, self.up.weight, self.down.weight)

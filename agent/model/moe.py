@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from agent.model.config import V3Config
 from agent.model.crossing import Comparison
 from agent.model.dispatch import combine, dispatch, plan, slice_rows
 from agent.model.ffn import FeedForward
+from agent.model.fused import routed_experts
 from agent.model.parallel.hop import Tokens
 from agent.model.parallel.routed import crossed, routed_sum
 from agent.model.parallel.transport import ExpertParallel
@@ -72,6 +73,9 @@ class MoE(nn.Module):
         return y, crossing
 
     def _routed(self, rows: Tensor, sizes: list[int]) -> Tensor:
-        """Each expert on its own slice. One without tokens is not called: its gradients stay as they are."""
+        """Each expert on its own slice. One without tokens makes no product: its gradients stay as they are."""
+        if self.dtype != torch.float8_e4m3fn:
+            weights = [cast(FeedForward, expert).weights for expert in self.experts]
+            return routed_experts(rows.to(self.dtype), sizes, weights)
         slices = torch.split(rows, sizes)
         return torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True) if part.shape[0]])

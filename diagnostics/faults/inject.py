@@ -144,12 +144,14 @@ class Injector:
         return self._ripe
 
     def _past_drawn_expert(self, name: str) -> bool:
-        """Experts run in order and some not at all: a later one, or what follows them, shows that the turn is over."""
+        """Experts run in order and some not at all: a later one's product of the same kind (gate, up or down, which one
+        expert may make after another's), or what follows them, shows that the turn is over."""
         if _EXPERT not in self._drawn:
             return False
-        if _EXPERT in name:
-            return self._targets.index(name) > self._targets.index(self._drawn)
-        return self._experts_began
+        if _EXPERT not in name:
+            return self._experts_began
+        same = name.rpartition(".")[2] == self._drawn.rpartition(".")[2]
+        return same and self._targets.index(name) > self._targets.index(self._drawn)
 
     def _drawn_that_ran(self) -> str | None:
         """The linear the seed draws among those that ran; settled at the first backward product."""

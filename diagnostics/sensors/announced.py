@@ -19,11 +19,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """One product out [M, N] = left [M, K] right [K, N], fp32.
+    """One product out [M, N] = left [M, K] right [K, N].
 
-    operation: the kind of kernel, by which its tolerance is looked up, e.g. "fp8". pass_: fprop, dgrad or wgrad.
-    weight: the parameter that names the place. operands: gives left and right as the kernel saw them (dequantised,
-    fp32); called only where somebody watches, after the product was made.
+    operation: the kind of kernel, by which its tolerance is looked up, with out's type: "fp8" (fp32 out), or "mm".
+    pass_: fprop, dgrad or wgrad. weight: the parameter that names the place. operands: gives left and right as the
+    kernel saw them (of "fp8" dequantised, fp32); called only where somebody watches, after the product was made.
     """
 
     operation: str

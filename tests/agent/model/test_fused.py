@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from agent.model import dispatch
-from agent.model.fused import NO_LABEL, causal_attention, cross_entropy, key_value_heads, query_heads, rms_norm
+from agent.model.fused import (
+    NO_LABEL,
+    Weights,
+    causal_attention,
+    cross_entropy,
+    key_value_heads,
+    query_heads,
+    rms_norm,
+    routed_experts,
+)
 
 entropy_module = importlib.import_module("agent.model.fused.cross_entropy")  # the function has the module's name
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,6 +45,17 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-300))
 
 
+def three_experts(x: Tensor, *weights: Tensor) -> Tensor:
+    """Two experts with rows, and between them one without."""
+    first, idle, last = Weights(*weights[:3]), Weights(*(w.detach() for w in weights[:3])), Weights(*weights[3:])
+    return routed_experts(x, [x.shape[0] - 2, 0, 2], [first, idle, last])
+
+
+def expert_shapes(rows: int, hidden: int, width: int) -> tuple[tuple[int, ...], ...]:
+    """Of the operands of `three_experts`."""
+    return ((rows, hidden), *(((width, hidden), (width, hidden), (hidden, width)) * 2))
+
+
 LABELS = torch.tensor([0, 3, NO_LABEL, 6])
 CHOSEN = torch.tensor([[0, 2], [2, 1], [0, 1]])
 LAYOUT = dispatch.plan(CHOSEN, torch.tensor([2, 2, 2]), torch.bfloat16)  # padded slices
@@ -53,6 +73,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], tuple[Te
         lambda y, gates: dispatch.combine(y, gates, LAYOUT),
         (drawn(sum(LAYOUT.sizes), 4), drawn(3, 2, seed=2)),
     ),
+    "experts": (three_experts, tuple(drawn(*shape, seed=i) for i, shape in enumerate(expert_shapes(5, 4, 3)))),
 }
 
 
@@ -106,6 +127,11 @@ def plain_heads(flat: Tensor) -> Tensor:
     return torch.cat([rows[..., :3], turned], -1).transpose(1, 2).flatten(0, 1)
 
 
+def plain_experts(x: Tensor, *weights: Tensor) -> Tensor:
+    parts = zip(x.split([len(x) - 2, 2]), (weights[:3], weights[3:]), strict=True)
+    return torch.cat([F.silu(part @ gate.t()) * (part @ up.t()) @ down.t() for part, (gate, up, down) in parts])
+
+
 MANY = torch.arange(40).remainder(30) - 1  # among them labels that are not asked for
 DOCUMENTS = torch.tensor([[0] * 200 + [1] * 100, [0] * 140 + [1] * 160])
 APART = DOCUMENTS.unsqueeze(2) != DOCUMENTS.unsqueeze(1)
@@ -120,6 +146,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple
     "attention": (lambda *x: causal_attention(*x, 0.3, None), plain_attention(None), SEQUENCES),
     "documents": (lambda *x: causal_attention(*x, 0.3, APART), plain_attention(APART), SEQUENCES),
     "query": (lambda x: query_heads(x, turns(3, 2), 2, 4), plain_heads, ((6, 14),)),
+    "experts": (three_experts, plain_experts, expert_shapes(80, 32, 24)),
 }
 
 
