@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.sensors.operation import Bench, Call, Check, Checked, Unsupported
+from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.rows import argument, ratio, rounding, worst_element
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, Z
@@ -181,3 +181,4 @@ CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
     torch.ops.aten._scaled_dot_product_flash_attention: _forward,
     torch.ops.aten._scaled_dot_product_efficient_attention: _forward,
 }
+BEFORE: dict[torch._ops.OpOverloadPacket, Before] = {}  # none of them writes to an argument

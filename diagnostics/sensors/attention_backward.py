@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.sensors.attention import SENSOR, Attention, amplified, sampled_rows
-from diagnostics.sensors.operation import Bench, Call, Check, Checked
+from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked
 from diagnostics.sensors.rows import argument, ratio, rounding, unit_roundoff, worst_element
 from diagnostics.sensors.tolerance import Kappa, Z
 
@@ -181,3 +181,4 @@ CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
     torch.ops.aten._scaled_dot_product_flash_attention_backward: _backward,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward: _backward,
 }
+BEFORE: dict[torch._ops.OpOverloadPacket, Before] = {}  # none of them writes to an argument

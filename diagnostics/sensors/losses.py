@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.sensors.operation import Bench, Call, Check, Checked
+from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked
 from diagnostics.sensors.rows import PER_DIFFERENCE, argument, ratio, rows_of, unit_roundoff
 from diagnostics.sensors.tolerance import LANE_TERMS, Kappa, Z
 
@@ -119,3 +119,4 @@ CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
     torch.ops.aten.nll_loss_backward: _backward,
     torch.ops.aten.nll_loss2d_backward: _backward,
 }
+BEFORE: dict[torch._ops.OpOverloadPacket, Before] = {}  # none of them writes to an argument

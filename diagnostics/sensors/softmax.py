@@ -34,7 +34,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from diagnostics.sensors.operation import Bench, Call, Check, Checked
+from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked
 from diagnostics.sensors.rows import (
     PER_DIFFERENCE,
     argument,
@@ -184,3 +184,4 @@ CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
     torch.ops.aten._softmax_backward_data: _softmax_backward,
     torch.ops.aten._log_softmax_backward_data: _log_softmax_backward,
 }
+BEFORE: dict[torch._ops.OpOverloadPacket, Before] = {}  # none of them writes to an argument
