@@ -103,7 +103,8 @@ def test_first_training_steps_are_quiet_and_meet_every_sensor(dtype: torch.dtype
         optimizer.step()
         assert list(watch.alarms()) == []
         met |= {each.sensor for _, each in watch.found}
-    assert met == {"attention", "softmax", "loss", "norm", "router", "moves", "sums"}
+    again = {"recompute"} if dtype == torch.bfloat16 else set()  # of layer norm's weight
+    assert met == {"attention", "softmax", "loss", "norm", "router", "moves", "sums"} | again
 
 
 def test_a_fault_in_any_checked_result_of_a_step_alarms_at_its_operator() -> None:

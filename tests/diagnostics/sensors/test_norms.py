@@ -8,7 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import CPU, SCALES, CpuBench, alarms, aten, checked, gross_faults, outliers, run, with_result, worst
+from operations import (
+    CPU,
+    SCALES,
+    CpuBench,
+    alarms,
+    aten,
+    checked,
+    flipped,
+    gross_faults,
+    outliers,
+    run,
+    with_result,
+    worst,
+)
 
 from diagnostics.sensors.norms import CHECKS, rms_norm_readings
 from diagnostics.sensors.operation import Call
@@ -156,6 +169,17 @@ def test_one_wrong_column_sum_of_a_weights_gradient_alarms() -> None:
         bad[5] += 1e-4 * bad.abs().amax()
         assert alarms(CHECKS, with_result(back, bad, place))
         assert not alarms(CHECKS, with_result(back, bad, place), CpuBench(loose=1e4))
+
+
+def test_a_low_precision_weights_gradient_is_made_again_and_one_bit_of_it_alarms() -> None:
+    _, back = layer_norm(50, 40, 2_000_008, torch.bfloat16)
+    assert [(each.sensor, each.result) for each in checked(CHECKS, back)] == [
+        ("norm", "dx"),
+        ("recompute", "out1"),
+        ("recompute", "out2"),
+    ]
+    for place in (1, 2):
+        assert alarms(CHECKS, with_result(back, flipped(back.out[place], 3, 16), place))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
