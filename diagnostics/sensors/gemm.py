@@ -28,6 +28,7 @@ from torch._ops import OpOverloadPacket
 
 from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
+from diagnostics.sensors.rounded import energy_readings
 from diagnostics.sensors.signs import PROBES, Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
@@ -73,6 +74,8 @@ def row_readings(
 
     Never negative; NaN where c, or the prediction, is not finite.
     """
+    if c.dtype == torch.bfloat16 and left.value.dtype == torch.bfloat16:
+        return energy_readings(c, left, right, signs, kappa, alpha, None if plus is None else plus.probed)
     n = c.shape[-1]
     r = signs.vector(n)
     predicted = _along(left.fp32, torch.matmul(right.fp32, r))

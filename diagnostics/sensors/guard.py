@@ -24,7 +24,7 @@ from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import History, Statistic
 from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
 from diagnostics.sensors.upkeep import Upkeep
-from diagnostics.sensors.watch import Eyes, Keeper
+from diagnostics.sensors.watch import CompiledEyes, Eyes, Keeper, has_compiled
 
 FINITE = "finite"
 _COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
@@ -160,7 +160,8 @@ class GuardedStep:
             if guard.upkeep is not None:
                 self._look_back(guard.upkeep)
             guard.places.begin(self._modes, follow=not guard.compiled)
-            self._eyes = self._modes.enter_context(Eyes(self._inspection))
+            kind = CompiledEyes if guard.compiled or has_compiled() else Eyes
+            self._eyes = self._modes.enter_context(kind(self._inspection))
             if not guard.compiled:
                 self._modes.enter_context(Keeper(self._eyes))
                 kept = Saved(self._inspection)

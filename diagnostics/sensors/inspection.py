@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ class Inspection:
         check = plan.check
         assert check is not None
         with quiet():
-            self._judge(place, plan.name, lambda: check(call, self), None if plan.again else call)
+            self._judge(place, plan.name, lambda: check(call, self), call)
 
     def _judge(
         self, place: Place, operation: str, check: Callable[[], Iterable[Checked]], instead: Call | None = None
@@ -178,17 +178,10 @@ class Inspection:
         self._coverage.count(place.module, plan.name, place.pass_, False, plan.reason or NOT_DRAWN)
 
     def _place(self, plan: Plan, args: tuple[Any, ...]) -> Place:
-        operands = list(_tensors(args))
-        return self._places.of(operands[-2:] if plan.product else operands, plan.product)
+        if not plan.product:
+            return self._places.of((), False)
+        return self._places.of([arg for arg in args if isinstance(arg, Tensor)][-2:], True)
 
     def _skip(self, place: Place, operation: str, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self._coverage.count(place.module, operation, place.pass_, False, reason)
-
-
-def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from _tensors(arg)

@@ -8,15 +8,31 @@ from functools import cache
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from diagnostics.sensors import attention, attention_backward, gemm, grouped, losses, recompute, softmax
+from diagnostics.sensors import (
+    attention,
+    attention_backward,
+    gemm,
+    grouped,
+    losses,
+    moves,
+    norms,
+    recompute,
+    router,
+    softmax,
+    sums,
+)
 from diagnostics.sensors.kinds import kind_of, name_of
 from diagnostics.sensors.operation import Before, Check
 
 aten = torch.ops.aten
 
-_IDENTITIES: dict[OpOverloadPacket, Check] = {}
-for _sensor in (gemm, grouped, attention, attention_backward, softmax, losses):
-    _IDENTITIES |= _sensor.CHECKS
+_CHECKS: dict[OpOverloadPacket, Check] = {}
+_BEFORE: dict[OpOverloadPacket, Before] = {}
+for _sensor in (gemm, grouped, attention, attention_backward, softmax, losses, norms, router, sums, moves):
+    _CHECKS |= _sensor.CHECKS
+    _BEFORE |= _sensor.BEFORE
+# Their check fetches every value again: it takes what the operator takes.
+_AGAIN = frozenset(moves.CHECKS)
 _PRODUCTS = frozenset(gemm.CHECKS | grouped.CHECKS)
 # Values in another type or layout: a weight that is cast keeps its name.
 _COPIES = frozenset((aten._to_copy, aten.clone))
@@ -26,8 +42,8 @@ _COPIES = frozenset((aten._to_copy, aten.clone))
 class Plan:
     """What to do with an operator: check it, with what was kept before it ran; or say why not.
 
-    again: the check runs the operator once more. product: its last argument may be a weight. copies: its result holds
-    the values of its first argument.
+    again: the check costs what the operator does, or more. product: its last argument may be a weight. copies: its
+    result holds the values of its first argument.
     """
 
     name: str
@@ -46,9 +62,9 @@ def plan_of(func: OpOverload) -> Plan | None:
     if kind in ("view", "blank"):
         return None
     product, copies = packet in _PRODUCTS, packet in _COPIES
-    identity = _IDENTITIES.get(packet)
-    if identity is not None:
-        return Plan(name, identity, gemm.BEFORE.get(packet), False, product, copies)
+    check = _CHECKS.get(packet)
+    if check is not None:
+        return Plan(name, check, _BEFORE.get(packet), packet in _AGAIN, product, copies)
     if func.namespace != "aten":
         return Plan(name, None, None, False, product, copies, f"{func.namespace} is not torch's: it may have effects")
     reason = recompute.why_not(func, "cpu", 0.0)  # what differs by device or dropout, each call says

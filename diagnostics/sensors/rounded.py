@@ -1,0 +1,66 @@
+"""The row check of products rounded to bf16: the energy of C S - A (W S) over 32 random sign vectors.
+
+Identity. C = alpha A W + beta D, so for a matrix S of random signs R = C S - alpha A (W S) - beta D S is rounding
+noise. A fault delta in one element of a row stands in every column of R, with the signs of S, and so do the roundings
+of that row of C: the mean square of a row of R is the squared norm of all its errors, within the chance of 32 draws.
+One random vector, as in `gemm`, would have to stand seven standard deviations of the rounding clear; this one stands
+clear of the rounding itself. All products are thin, in the operands' own type: an fp32 copy of an operand costs ten
+times as much.
+
+Noise of a row, by its sources: the rounding of C, and those of C S and of A (W S), each kappa^2 ||C_i||^2; and the
+rounding of W S, kappa^2 sum_k A_ik^2 ||W_k||^2. Tolerance:
+
+    t kappa sqrt(1 + 4 / N) sqrt(p_i + ||A_i||^2 max(gain, mean_k ||W_k||^2)) + z kappa_accumulate |alpha| ||A_i|| ||W||
+
+p_i is the mean square of the row of alpha A (W S) + beta D S, an estimate of ||C_i||^2 that never reads C; gain is the
+batch's sum of p over its sum of ||A_i||^2, so that one row's unlucky draw cannot make its tolerance vanish; ||W_k||^2
+comes from W S. Few columns have few sign vectors, whose residuals repeat each other: hence 4 / N. t = 4.5: among 4,000
+clean products of 64 pairs of kinds of matrices (outliers, lognormal, sparse, all ones; inner dimension 1..600) the
+largest reading was 0.76, where all elements of a row are equal and round alike.
+
+Sees: a change of 6.4 kappa ||C_i||, 0.0104 sqrt(N) of the row's rms element; one vector sees 0.016 sqrt(N). Does not
+see: wrong A or W, changes after the check, changes below the floor. Cost: two thin products over A and C, one over W.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diagnostics.sensors.operand import Operand
+from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
+
+# Of the root of the noise's energy, in units of kappa sqrt(2) ||C_i|| where A and W are alike.
+TAIL = 4.5
+
+
+def energy_readings(
+    c: Tensor, left: Operand, right: Operand, signs: Signs, kappa: Kappa, alpha: float, probed: Tensor | None
+) -> Tensor:
+    """Readings fp32 [..., M] of bf16 c [..., M, N] against alpha times left [..., M, K] times right [..., K, N].
+
+    probed: beta D S, fp32, broadcast against [..., M, probes]; None without an addend. Never negative; NaN where c, or
+    the prediction, is not finite.
+    """
+    n, inner = c.shape[-1], left.value.shape[-1]
+    probes = signs.probes(n, c.dtype)
+    seen = right.value @ probes
+    predicted = (left.value @ seen).float()
+    if alpha != 1.0:
+        predicted.mul_(alpha)
+    if probed is not None:
+        predicted.add_(probed)
+    residual = torch.linalg.vector_norm((c @ probes).float().sub_(predicted), dim=-1)
+    count = probes.shape[1]
+    estimate = torch.linalg.vector_norm(predicted, dim=-1).square_().div_(count)
+    squares = left.row_norms.square()
+    weights = torch.linalg.vector_norm(seen, dim=(-2, -1), dtype=torch.float32).square_().div_(count).unsqueeze(-1)
+    typical = weights.mul(alpha * alpha / max(inner, 1))
+    gain = estimate.sum(-1, keepdim=True) / squares.sum(-1, keepdim=True).clamp(min=NORM_FLOOR**2)
+    limit = estimate.add_(squares.mul_(torch.maximum(gain, typical))).sqrt_().clamp_(min=NORM_FLOOR)
+    limit.mul_(TAIL * kappa.output * (1 + 4 / n) ** 0.5)
+    terms = left.row_norms.clamp(min=NORM_FLOOR) * weights.sqrt_().clamp_(min=NORM_FLOOR)
+    limit.add_(terms, alpha=Z * abs(alpha) * kappa.accumulate_at(max(n, inner)))
+    readings: Tensor = residual.div_(limit).div_(count**0.5)
+    return readings
