@@ -83,14 +83,14 @@ class Replayer:
         self._alarm(held, suspect, (), needs_third=False)
         votes = self._exchange(held, suspect, {suspect: "original"})
         unavailable: frozenset[Role] = frozenset()
-        ruling = decide(votes, unavailable)
+        ruling = decide(votes, unavailable, self.engine.spec.replays)
         while ruling.needs is not None:
             role = ruling.needs
             cast = self._cast(held, suspect, role, votes)
             if not cast:
                 unavailable |= {role}
             votes += cast
-            ruling = decide(votes, unavailable)
+            ruling = decide(votes, unavailable, self.engine.spec.replays)
         mesh = self.engine.spec.mesh
         if mesh is not None and mesh.ep > 1 and held.attempt == 1:
             ruling = unless_received(ruling)
@@ -104,7 +104,8 @@ class Replayer:
         if voter is not None:
             if not self.roles.hand_over(held.state, held.replica, suspect, voter):
                 return []
-            return self._exchange(held, suspect, {voter: role})
+            number = 1 + sum(vote.role == role for vote in votes)
+            return self._exchange(held, suspect, {voter: role}, number)
         vote = None if self.engine.spec.mesh else self._from_spare(held, suspect, role, votes)
         return [] if vote is None else [vote]
 
@@ -132,8 +133,8 @@ class Replayer:
         """The rank that speaks for the gate: not the suspect, where there is another."""
         return (suspect + 1) % self.group.world
 
-    def _exchange(self, held: Held, suspect: int, casting: dict[int, Role]) -> list[Vote]:
-        """Every rank learns the votes that the `casting` ranks cast."""
+    def _exchange(self, held: Held, suspect: int, casting: dict[int, Role], number: int = 1) -> list[Vote]:
+        """Every rank learns the votes that the `casting` ranks cast, each the `number`-th of its role."""
         mine = None
         role = casting.get(self.group.rank)
         here = self.members[self.group.rank]
@@ -143,7 +144,7 @@ class Replayer:
             mine = Vote(role, here.node, here.device, os.getpid(), held.original, computed.alarm, finite)
         elif role is not None:
             with self.roles.acting(held.state, suspect) as engine:
-                mine = recompute(engine, self._scratch_buffer(), held.step, suspect, here, role)
+                mine = recompute(engine, self._scratch_buffer(), held.step, suspect, here, role, number)
         return [vote for vote in self.group.gather_objects(mine) if vote is not None]
 
     def _from_spare(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> Vote | None:
@@ -218,7 +219,9 @@ def unless_received(ruling: Ruling) -> Ruling:
     return replace(ruling, verdict=Verdict.UNDECIDED, reason=reason)
 
 
-def recompute(engine: Engine, gradients: Tensor, step: int, rank: int, here: Member, role: Role) -> Vote:
+def recompute(
+    engine: Engine, gradients: Tensor, step: int, rank: int, here: Member, role: Role, number: int = 1
+) -> Vote:
     """One vote: `rank`'s gradients of `step`, computed on this device into `gradients` (float32 [flat]).
 
     Attempts count from 1 and a replay is none of them, so a transient drill stays silent in it.
@@ -233,6 +236,7 @@ def recompute(engine: Engine, gradients: Tensor, step: int, rank: int, here: Mem
         digest=result.deviation or gradient_digest(gradients),
         alarm=result.alarm,
         finite=finite,
+        number=number,
     )
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 SCHEMA = "assay.job/1"
 PRECISIONS = ("fp32", "bf16", "fp8")
+#: A suspect's replays of a held step, at most. With two no verdict takes more than three: one, a peer's and a third;
+#: or, where nobody can cast the third, two and a peer's.
+REPLAYS = 2
 
 
 class SpecError(ValueError):
@@ -61,7 +64,8 @@ class JobSpec:
     `cache` a folder for files that can be made again; `threads` is torch's intra-op thread count on every rank.
     `tokenizer` is a tokenizer.json for a corpus of text, or None for bytes; `vocab_size` the model's ids, or None for
     the preset's; `pack` is "stream" (windows anywhere, as if the corpus were one text) or "documents" (windows whose
-    documents do not see each other). Ranks refuse a corpus that has not `corpus_digest`, if there is one. Without a
+    documents do not see each other). `replays` is how often a suspect computes a held step again at most, see
+    `diagnostics.verify.votes`. Ranks refuse a corpus that has not `corpus_digest`, if there is one. Without a
     `mesh` every rank holds the whole state; with one, `world` is its dp.
     """
 
@@ -83,6 +87,7 @@ class JobSpec:
     pack: str = "stream"
     corpus_digest: str | None = None
     mesh: Mesh | None = None
+    replays: int = REPLAYS
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -91,7 +96,7 @@ class JobSpec:
             raise SpecError(f"pack is {self.pack!r}; use stream or documents")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise SpecError(f"vocab_size is {self.vocab_size}; it must be at least 1")
-        for name in ("steps", "world", "checkpoint_every", "threads"):
+        for name in ("steps", "world", "checkpoint_every", "threads", "replays"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.tolerance_scale > 0:

@@ -288,20 +288,22 @@ class ProgressStalled(_message.Message):
     def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., stalled_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., process_state: _Optional[str] = ..., waiting: _Optional[bool] = ...) -> None: ...
 
 class Vote(_message.Message):
-    __slots__ = ("role", "node", "device", "pid", "digest", "alarm")
+    __slots__ = ("role", "node", "device", "pid", "digest", "alarm", "number")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ALARM_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     role: str
     node: str
     device: str
     pid: int
     digest: str
     alarm: bool
-    def __init__(self, role: _Optional[str] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., digest: _Optional[str] = ..., alarm: _Optional[bool] = ...) -> None: ...
+    number: int
+    def __init__(self, role: _Optional[str] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., digest: _Optional[str] = ..., alarm: _Optional[bool] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Alarm(_message.Message):
     __slots__ = ("sensor", "module", "operation", "reading", "location")

@@ -7,7 +7,7 @@ from typing import Any
 
 from controller.cli import checks, drills
 from controller.cli.errors import ConditionError, UsageError
-from controller.cli.presets import LAYERS
+from controller.cli.presets import LAYERS, REPLAYS
 from controller.cli.rundir import load, unused
 from controller.core.events import Drill
 from controller.store.opening import database_url
@@ -30,9 +30,17 @@ _FROZEN = (
     "tolerance_scale",
     "checkpoint_every",
     "mesh",
+    "replays",
 )
 #: What run.json lacks if the run is older than the choice.
-_BEFORE = {"tokenizer": None, "vocab_size": None, "pack": "stream", "corpus_digest": None, "mesh": None}
+_BEFORE = {
+    "tokenizer": None,
+    "vocab_size": None,
+    "pack": "stream",
+    "corpus_digest": None,
+    "mesh": None,
+    "replays": REPLAYS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,7 @@ def _frozen(options: dict[str, Any]) -> dict[str, Any]:
         "tolerance_scale": checks.scale(options["tolerance_scale"]),
         "checkpoint_every": options["checkpoint_every"],
         "mesh": options["mesh"],
+        "replays": options["replays"],
     }
 
 

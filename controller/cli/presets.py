@@ -15,6 +15,8 @@ VOCABULARY = 264
 ID_BYTES: Mapping[str, int] = MappingProxyType({"tiny": 2 * 128 * 16, "small": 2 * 256 * 16})
 #: Tokens of one sample, MTP's included: no shorter corpus can be trained on.
 SAMPLE_TOKENS: Mapping[str, int] = MappingProxyType({"tiny": 130, "small": 258})
+#: Replays by a suspect of a held step, at most.
+REPLAYS = 2
 
 
 def state_bytes(preset: str, vocab_size: int | None) -> int:

@@ -17,7 +17,7 @@ from controller.cli.errors import INTERRUPTED, OK, CommandError, UnreachableErro
 from controller.cli.follow import Display, follow
 from controller.cli.order import MOST_NODES, Order, new_order, ranks, resumed_order
 from controller.cli.output import output_option, print_json, say
-from controller.cli.presets import LAYERS, state_bytes
+from controller.cli.presets import LAYERS, REPLAYS, state_bytes
 from controller.cli.reading import queries, told
 from controller.cli.rundir import RunDirectory, claimed, unused
 from controller.cli.session import Session, Stopped, stoppable
@@ -26,6 +26,8 @@ from controller.local.plan import Plan, make_plan
 
 #: Ids that a vocabulary may have: rows of `small`'s embedding and head then take 128 GiB of state.
 MOST_IDS = 2**24
+#: All ranks are held meanwhile, and a worker that replays for half a minute counts as one that hangs.
+MOST_REPLAYS = 8
 #: Interval of checkpoints, in steps: the main job of 40 steps has four.
 CHECKPOINT_EVERY = 10
 #: Importing, migrating and listening takes the controller about a second; on a crowded machine many.
@@ -57,6 +59,13 @@ CANCEL_S = 0.5
 @click.option("--mesh", metavar="dp=N[,ep=N][,local=N]", help="Divide experts and optimizer. [default: whole copies]")
 @click.option("--sensors", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Sense corruption.")
 @click.option("--tolerance-scale", type=float, default=1.0, show_default=True, help="Scales every tolerance.")
+@click.option(
+    "--replays",
+    type=click.IntRange(1, MOST_REPLAYS),
+    default=REPLAYS,
+    show_default=True,
+    help="Times that a suspect computes a held step again, at most.",
+)
 @click.option("--checkpoint-every", default=CHECKPOINT_EVERY, show_default=True, type=click.IntRange(min=1))
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this directory.")
 @output_option

@@ -37,7 +37,10 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """One computation of a suspect's gradients: who computed it, and the digest of the bits."""
+    """One computation of a suspect's gradients: who computed it, and the digest of the bits.
+
+    `number` counts the votes of a role, from 1: a suspect may be asked again. 0 is an older agent's, which cast one.
+    """
 
     role: str
     node: str
@@ -45,6 +48,7 @@ class Vote:
     pid: int
     digest: str
     alarm: bool
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,7 +217,14 @@ def incident_document(incident: Incident) -> dict[str, Any]:
         "before_commit": incident.caught if incident.before_commit is None else incident.before_commit,
         "verdict": (incident.verdict or None) if sdc else None,
         "votes": [
-            {"node": vote.node, "device": vote.device, "pid": vote.pid, "digest": vote.digest, "role": vote.role}
+            {
+                "node": vote.node,
+                "device": vote.device,
+                "pid": vote.pid,
+                "digest": vote.digest,
+                "role": vote.role,
+                "number": max(vote.number, 1),
+            }
             for vote in incident.votes
         ],
         "node": incident.node or None,

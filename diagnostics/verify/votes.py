@@ -17,7 +17,8 @@ class Vote:
     """One recomputation of the alarmed rank's gradients.
 
     original: the run that alarmed. suspect: its replay on the same device. peer: the same sample ids on another
-    node. third: the same on a node that is neither (the spare).
+    node. third: the same on a node that is neither (the spare). `number` counts the votes of a role, from 1: only a
+    suspect casts more than one, and they count as one device.
     """
 
     role: Role
@@ -27,6 +28,7 @@ class Vote:
     digest: str
     alarm: bool
     finite: bool = True
+    number: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,45 +46,54 @@ class Ruling:
     reason: str
 
 
-def decide(votes: Iterable[Vote], unavailable: frozenset[Role] = frozenset()) -> Ruling:
+def decide(votes: Iterable[Vote], unavailable: frozenset[Role] = frozenset(), replays: int = 1) -> Ruling:
     """Judge the votes cast so far; their order does not matter.
 
     `unavailable` names the roles nobody can fill (no second node, no spare), so that the answer is a verdict instead
     of another request. A peer or third vote from a node that has voted already does not count as a second device.
-    Raises ValueError on two different votes for one role, and on an unknown role.
+    `replays` is how often the suspect computes the step again at most: one decides wherever others can be asked, and
+    the rest is for a suspect that agrees with its run while nobody else can say who is right.
+    Raises ValueError on two different votes for one role and number, and on an unknown role.
     """
     by_role = _by_role(votes)
-    original = by_role.get("original")
+    original, suspects = _one(by_role["original"]), by_role["suspect"]
     if original is None:
         raise ValueError("no original vote: there is nothing to judge")
-    suspect = by_role.get("suspect")
-    if suspect is None:
+    if not suspects:
         if "suspect" in unavailable:
-            return _without_suspect(original)
+            return _verdict(Verdict.UNDECIDED, f"{original.node} could not replay the step")
         return _ask("suspect", "the suspect has not replayed the step yet")
-    peer = _elsewhere(by_role.get("peer"), original, suspect)
+    more = replays if "suspect" not in unavailable else 0
+    peer = _elsewhere(_one(by_role["peer"]), original, *suspects)
     if peer is None:
-        if "peer" in unavailable or by_role.get("peer") is not None:
-            return _verdict(Verdict.UNDECIDED, "no second device recomputed the step")
+        if "peer" in unavailable or by_role["peer"]:
+            return _without_peer(original, suspects, more)
         return _ask("peer", "no other node has recomputed the step yet")
+    suspect = suspects[0]
     if suspect.digest == peer.digest:
         return _agreed(original, suspect, peer)
-    third = _elsewhere(by_role.get("third"), original, suspect, peer)
+    third = _elsewhere(_one(by_role["third"]), original, *suspects, peer)
     if third is not None:
         return _majority(suspect, peer, third)
-    if "third" in unavailable or by_role.get("third") is not None:
-        return _by_sensors(suspect, peer)
+    if "third" in unavailable or by_role["third"]:
+        return _without_third(original, suspects, peer, more)
     return _ask("third", f"{suspect.node} and {peer.node} differ: a third device must say which is right")
 
 
-def _by_role(votes: Iterable[Vote]) -> dict[Role, Vote]:
-    by_role: dict[Role, Vote] = {}
+def _by_role(votes: Iterable[Vote]) -> dict[Role, list[Vote]]:
+    """The votes of each role, in the order of their numbers."""
+    cast: dict[tuple[Role, int], Vote] = {}
     for vote in votes:
         if vote.role not in ROLES:
             raise ValueError(f"unknown role {vote.role!r}: one of {', '.join(ROLES)}")
-        if by_role.setdefault(vote.role, vote) != vote:
-            raise ValueError(f"two different votes for {vote.role}: {by_role[vote.role]} and {vote}")
-    return by_role
+        known = cast.setdefault((vote.role, vote.number), vote)
+        if known != vote:
+            raise ValueError(f"two different votes for {vote.role}: {known} and {vote}")
+    return {role: [cast[key] for key in sorted(cast) if key[0] == role] for role in ROLES}
+
+
+def _one(votes: list[Vote]) -> Vote | None:
+    return votes[0] if votes else None
 
 
 def _elsewhere(vote: Vote | None, *others: Vote) -> Vote | None:
@@ -110,20 +121,44 @@ def _majority(suspect: Vote, peer: Vote, third: Vote) -> Ruling:
     return _verdict(Verdict.SOFTWARE, "three devices computed three different results")
 
 
-def _by_sensors(suspect: Vote, peer: Vote) -> Ruling:
-    if suspect.alarm and not peer.alarm:
+def _without_peer(original: Vote, suspects: list[Vote], replays: int) -> Ruling:
+    if _steady(original, suspects) and len(suspects) < replays:
+        return _ask("suspect", f"nobody else can recompute the step: {original.node} does once more")
+    return _verdict(Verdict.UNDECIDED, f"no second device recomputed the step; {_told(original, suspects)}")
+
+
+def _without_third(original: Vote, suspects: list[Vote], peer: Vote, replays: int) -> Ruling:
+    """Two devices differ and nobody can say which is right, but one of them may contradict itself."""
+    suspect = suspects[0]
+    if not _steady(original, suspects) and any(vote.digest == peer.digest for vote in (original, *suspects)):
+        return _blame(
+            suspect,
+            True,
+            f"no third device: {_told(original, suspects)}, one of them the result of {peer.node}",
+        )
+    if any(vote.alarm for vote in suspects) and not peer.alarm:
         return _blame(
             suspect,
             True,
             f"no third device: {suspect.node} and {peer.node} differ, and only {suspect.node}'s sensors alarmed again",
         )
+    if _steady(original, suspects) and len(suspects) < replays:
+        return _ask("suspect", f"no third device: {suspect.node} may yet contradict itself")
     return _verdict(
-        Verdict.UNDECIDED, f"{suspect.node} and {peer.node} differ and no third device can say who is right"
+        Verdict.UNDECIDED,
+        f"{suspect.node} and {peer.node} differ and no third device can say who is right; {_told(original, suspects)}",
     )
 
 
-def _without_suspect(original: Vote) -> Ruling:
-    return _verdict(Verdict.UNDECIDED, f"{original.node} could not replay the step")
+def _steady(original: Vote, suspects: list[Vote]) -> bool:
+    """Whether the device has computed nothing but what it computed in the run."""
+    return all(vote.digest == original.digest for vote in suspects)
+
+
+def _told(original: Vote, suspects: list[Vote]) -> str:
+    results = {vote.digest for vote in (original, *suspects)}
+    made = "the same result" if len(results) == 1 else f"{len(results)} different results"
+    return f"{original.node} computed {made} in {len(suspects) + 1} tries"
 
 
 def _ask(role: Role, reason: str) -> Ruling:

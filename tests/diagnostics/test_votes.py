@@ -73,6 +73,55 @@ def test_without_a_third_the_sensors_decide_or_nobody() -> None:
     assert decide(cast("xxy"), gone).verdict is Verdict.UNDECIDED
 
 
+def again(*digests: str, alarm: bool = False) -> list[Vote]:
+    """A run that gave x, and the suspect's replays of it."""
+    replays = [replace(vote("suspect", d, alarm=alarm), number=i) for i, d in enumerate(digests, 1)]
+    return [vote("original", "x"), *replays]
+
+
+ALONE: frozenset[Role] = frozenset({"peer"})
+NO_THIRD: frozenset[Role] = frozenset({"third"})
+
+
+def test_a_suspect_is_asked_again_only_where_nobody_else_can_tell() -> None:
+    assert decide(again("x"), ALONE, replays=2).needs == "suspect"
+    assert decide(again("x", "x"), ALONE, replays=2).verdict is Verdict.UNDECIDED
+    assert decide(again("x", alarm=True), ALONE, replays=2).needs == "suspect"  # the same bits alarm alike
+    assert decide(again("y"), ALONE, replays=2).verdict is Verdict.UNDECIDED  # it has contradicted itself already
+    assert "2 different results in 2 tries" in decide(again("y"), ALONE, replays=2).reason
+    assert decide([*again("x"), vote("peer", "y")], NO_THIRD, replays=2).needs == "suspect"
+    assert decide([*again("x"), vote("peer", "y")], replays=2).needs == "third"
+    assert decide(again("x"), replays=2).needs == "peer"
+    # Once its sensors alarm again and the peer's do not, there is nothing left to ask.
+    assert decide([*again("x", alarm=True), vote("peer", "y")], NO_THIRD, replays=2).verdict is Verdict.CORRUPT
+    # Without more replays (the negative control), nobody is asked again.
+    assert decide(again("x"), ALONE, replays=1).verdict is Verdict.UNDECIDED
+    assert decide(again("x"), ALONE | {"suspect"}, replays=2).verdict is Verdict.UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("own", "peer", "verdict"),
+    [
+        (("x", "y"), "y", Verdict.CORRUPT),  # the peer confirms its second replay, so the run was wrong twice
+        (("z",), "x", Verdict.CORRUPT),  # the peer confirms the run, so the replay was wrong
+        (("x", "z"), "y", Verdict.UNDECIDED),  # three results, and nobody confirms any
+        (("x", "x"), "y", Verdict.UNDECIDED),
+    ],
+)
+def test_a_device_that_contradicts_itself_needs_no_third(own: tuple[str, ...], peer: str, verdict: Verdict) -> None:
+    ruling = decide([*again(*own), vote("peer", peer)], NO_THIRD, replays=2)
+    assert (ruling.verdict, ruling.blamed_node) == (verdict, "a" if verdict is Verdict.CORRUPT else None)
+
+
+def test_votes_of_one_device_count_as_one_device() -> None:
+    """However often the suspect repeats itself, it has one voice against two others."""
+    votes = [*again("x", "x", "x"), vote("peer", "y"), vote("third", "y")]
+    ruling = decide(votes, replays=3)
+    assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, "a", True)
+    same_node = decide([*again("x"), vote("peer", "x", node="a")], replays=1)
+    assert same_node.verdict is Verdict.UNDECIDED
+
+
 def test_a_third_vote_from_the_suspects_node_does_not_count() -> None:
     ruling = decide(cast("xxyy", third=vote("third", "x", node="a")))
     assert ruling.verdict is Verdict.UNDECIDED
@@ -123,6 +172,28 @@ def test_whatever_the_votes(votes: list[Vote], unavailable: frozenset[Role]) -> 
         original = next(v for v in votes if v.role == "original")
         if ruling.blamed_node != original.node or ruling.recurrent:
             assert recomputed[ruling.blamed_node] not in others.values(), "it agrees with another device"
+
+
+@given(
+    st.lists(st.sampled_from("xyz"), min_size=6, max_size=6),
+    st.lists(st.booleans(), min_size=6, max_size=6),
+    absences,
+    st.integers(1, 4),
+)
+def test_any_gate_ends_within_its_replays(
+    digests: list[str], alarms: list[bool], unavailable: frozenset[Role], replays: int
+) -> None:
+    """Answer whatever is asked: no more than one peer and one third, and at most `replays` by the suspect."""
+    votes = [vote("original", "x", alarm=True)]
+    computed = 0
+    while (ruling := decide(votes, unavailable, replays)).needs is not None:
+        number = 1 + sum(v.role == ruling.needs for v in votes)
+        votes.append(replace(vote(ruling.needs, digests[computed], alarm=alarms[computed]), number=number))
+        computed += 1
+        assert sum(v.role == "suspect" for v in votes) <= max(replays, 1)
+        assert computed <= max(3, replays + 1)
+    check(ruling)
+    assert replays > 2 or computed <= 3
 
 
 @given(ballots, absences)

@@ -14,11 +14,21 @@ from rundirs import record
 
 from agent.model.presets import PRESETS
 from agent.training.corpora import open_tokens
+from agent.training.spec import REPLAYS as JOB_REPLAYS
 from agent.training.spec import JobSpec, Mesh
 from agent.training.token_file import DTYPES, Writer
 from controller.cli import checks
 from controller.cli.main import COMMANDS, call
-from controller.cli.presets import EXPERTS, ID_BYTES, LAYERS, SAMPLE_TOKENS, STATE_BYTES, VOCABULARY, state_bytes
+from controller.cli.presets import (
+    EXPERTS,
+    ID_BYTES,
+    LAYERS,
+    REPLAYS,
+    SAMPLE_TOKENS,
+    STATE_BYTES,
+    VOCABULARY,
+    state_bytes,
+)
 from controller.cli.rundir import claimed, load
 from controller.cli.session import Session
 from controller.local.plan import Plan
@@ -38,6 +48,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_presets_are_those_of_the_model() -> None:
     assert {name: preset.config.num_hidden_layers for name, preset in PRESETS.items()} == dict(LAYERS)
     assert STATE_BYTES.keys() == LAYERS.keys()
+    assert REPLAYS == JOB_REPLAYS
     assert {name: preset.config.n_routed_experts for name, preset in PRESETS.items()} == dict(EXPERTS)
     assert {name: preset.sample_len for name, preset in PRESETS.items()} == dict(SAMPLE_TOKENS)
     for name, preset in PRESETS.items():
@@ -84,6 +95,8 @@ def test_presets_are_those_of_the_model() -> None:
         (["--vocab-size", "100"], "outside the vocabulary of 100"),
         (["--vocab-size", "0"], "--vocab-size"),
         (["--pack", "loose"], "--pack"),
+        (["--replays", "0"], "--replays"),
+        (["--replays", "9"], "--replays"),
         (["--mesh", "ep=2"], "dp, the number of ranks, is missing"),
         (["--mesh", "dp=4,ep=3"], "ep=3 does not divide dp=4"),
         (["--mesh", "dp=4,ep=4,local=3"], "local=3 does not divide ep=4"),
@@ -161,7 +174,9 @@ def test_a_corpus_settles_vocabulary_and_digest(tmp_path: Path, monkeypatch: pyt
 def test_a_mesh_gives_the_number_of_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = _started(["--mesh", "dp=4,ep=2", "--dir", "d"], monkeypatch)
     assert (spec["world"], spec["mesh"]) == (4, {"dp": 4, "ep": 2, "local": 1})
-    assert JobSpec.from_json(json.dumps(spec)).mesh == Mesh(4, 2)
+    parsed = JobSpec.from_json(json.dumps(spec))
+    assert (parsed.mesh, parsed.replays) == (Mesh(4, 2), REPLAYS)
+    assert _started(["--replays", "5", "--dir", "e"], monkeypatch)["replays"] == 5
 
 
 def test_a_resumed_run_keeps_its_mesh(ended: Path, capsys) -> None:

@@ -12,7 +12,7 @@ from story import Story
 
 from controller.core.actions import Action
 from controller.core.codec import TYPES, CodecError, decode, decode_state, encode, encode_state
-from controller.core.events import Event
+from controller.core.events import Event, GateAlarm
 
 names = st.text(max_size=8)
 scalars: dict[Any, st.SearchStrategy[Any]] = {
@@ -81,6 +81,21 @@ def test_what_cannot_be_read_exactly_is_refused(breaks: Callable[[dict[str, Any]
     story.final(2)
     with pytest.raises(CodecError, match=says):
         decode(breaks(encode(story.fed[-1][0])))
+
+
+def test_events_stored_before_votes_had_numbers_are_still_read() -> None:
+    story = Story()
+    story.cluster()
+    story.alarm(1, 7, third=True)
+    old = encode(story.fed[-1][0])
+    for vote in old["votes"]:
+        del vote["number"]
+    read = decode(old)
+    assert isinstance(read, GateAlarm)
+    assert [vote.number for vote in read.votes] == [0, 0, 0]
+    del old["votes"][0]["digest"]
+    with pytest.raises(CodecError, match="votes"):
+        decode(old)
 
 
 def test_a_snapshot_holds_the_whole_state_and_its_version() -> None:

@@ -383,7 +383,7 @@ def test_the_incident_document_has_the_keys_that_people_rely_on() -> None:
     document = incident_document(story.state.incidents["inc-0001"])
     keys = "id kind job rank injected_step detected_step before_commit verdict votes node device actions"
     assert list(document) == [*keys.split(), "detect_s", "recovery_s", "resumed_from", "caught", "timeline"]
-    assert document["votes"][0].keys() == {"node", "device", "pid", "digest", "role"}
+    assert document["votes"][0].keys() == {"node", "device", "pid", "digest", "role", "number"}
     assert document["before_commit"] is True
 
 
