@@ -15,7 +15,8 @@ from agent.telemetry import Telemetry, traceparent
 from agent.training.collective import Group, PeerLost, serve_rendezvous
 from agent.training.engine import Engine
 from agent.training.fingerprint import fingerprint
-from agent.training.replay import Member, recompute, vote_body
+from agent.training.held import Member, vote_body
+from agent.training.replay import recompute
 from agent.training.spec import JobSpec
 from agent.training.trainer import Seat, Trainer
 from diagnostics.sensors.digest import digest

@@ -2,10 +2,11 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,19 @@ def undisturbed(_model: nn.Module, _step: int, _attempt: int) -> AbstractContext
     return nullcontext()
 
 
+class Samples(Protocol):
+    """What an engine needs of a corpus; `digest` (hex) covers its contents."""
+
+    digest: str
+    source: str
+
+    def total(self, length: int) -> int:
+        """Samples of `length` tokens."""
+
+    def batch(self, ids: Sequence[int], length: int, documents: bool = False) -> Batch:
+        """These samples. Raises BatchCorrupted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Computation:
     """What one forward and backward gave. `alarm` is `not (reading <= 1)`; `counts` is int64 [MoE layers, experts];
@@ -70,20 +84,23 @@ class Computation:
 
 
 class Engine:
-    """Model, data and sensors of one rank, over whatever state it is pointed at."""
+    """Model, data and sensors of one rank, over whatever state it is pointed at.
 
-    def __init__(self, spec: JobSpec, surround: Surround = undisturbed) -> None:
+    `samples` replaces the job's corpus, which is not opened then.
+    """
+
+    def __init__(self, spec: JobSpec, surround: Surround = undisturbed, samples: Samples | None = None) -> None:
         torch.set_num_threads(spec.threads)
         keep_memory()
         preset = preset_of(spec)
         self.spec = spec
         self.preset = preset
         self.journal = Journal()
-        self.corpus = _corpus(spec, preset.config.vocab_size)
+        self.corpus: Samples = _corpus(spec, preset.config.vocab_size) if samples is None else samples
         self.surround = surround
         self._loss_scale = loss_scale(preset) if spec.precision == "fp8" else 1.0
         self._window = preset.sample_len
-        self._samples = self.corpus.total(self._window)
+        self.total = self.corpus.total(self._window)
         self._packed = spec.pack == "documents"
         self._build(0, None if spec.mesh is None else _echoes(spec.mesh))
         self.gradients = torch.zeros(self.layout.flat)
@@ -134,7 +151,7 @@ class Engine:
 
         Raises PeerLost if an exchange with another rank fails.
         """
-        batch = self._batch(step, rank)
+        batch = self.batch(step, rank)
         for _, tally in self._tallies:
             tally.clear()
         gradients.zero_()
@@ -194,8 +211,8 @@ class Engine:
         """
         count = self.preset.micro_batch
         if not self._packed:
-            return sample_ids(self.spec.seed, step, rank, 0, count, self._samples)
-        windows = (self._samples - 1) // self.preset.seq_len + 1
+            return sample_ids(self.spec.seed, step, rank, 0, count, self.total)
+        windows = (self.total - 1) // self.preset.seq_len + 1
         found = window_ids(self.spec.seed, step, rank, count, self.spec.world, windows)
         return [window * self.preset.seq_len for window in found]
 
@@ -204,7 +221,8 @@ class Engine:
         ids = [i for rank in range(self.spec.world) for i in self.samples(step, rank)]
         return chain(previous, state_digest, *ids)
 
-    def _batch(self, step: int, rank: int) -> Batch:
+    def batch(self, step: int, rank: int) -> Batch:
+        """`rank`'s micro-batch of `step`. Raises BatchCorrupted if the corpus does not give it twice running."""
         ids = self.samples(step, rank)
         try:
             return self.corpus.batch(ids, self._window, self._packed)

@@ -4,15 +4,16 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from agent.training.collective import Group
-from agent.training.engine import Computation, Engine, gradient_digest
-from agent.training.layout import State
+from agent.training.engine import Engine, gradient_digest
+from agent.training.evidence.leave import Left, leave
+from agent.training.held import Held, Member, alarm_body, vote_body
 from agent.training.roles import Roles
 from diagnostics.health import Verdict
 from diagnostics.verify.votes import Role, Ruling, Vote, decide
@@ -39,31 +40,6 @@ class Daemon(Protocol):
 
     def wait_vote(self, step: int, rank: int, timeout: float) -> list[dict[str, Any]]:
         """Votes of other devices on `rank`'s `step`; empty when there will be none or time is up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Which device a rank runs on."""
-
-    node: str
-    device: str
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A step that the gate holds, on one rank: its own computation, and its digest if it alarmed.
-
-    `state` is the committed one; on a mesh `replica` is what the neighbour's shard in it must hash to.
-    """
-
-    generation: int
-    step: int
-    attempt: int
-    computation: Computation
-    original: str
-    state: State
-    replica: int = 0
 
 
 class Replayer:
@@ -94,8 +70,9 @@ class Replayer:
         mesh = self.engine.spec.mesh
         if mesh is not None and mesh.ep > 1 and held.attempt == 1:
             ruling = unless_received(ruling)
+        left = self._leave(held, suspect, votes, ruling)
         self.roles.close()
-        self._publish(held, suspect, votes, ruling)
+        self._publish(held, suspect, votes, ruling, left)
         return ruling
 
     def _cast(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> list[Vote]:
@@ -174,14 +151,25 @@ class Replayer:
                 **self._coordinates(held, suspect),
                 "device": self.members[suspect].device,
                 "attempt": held.attempt,
-                "alarms": [_alarm_body(alarm) for alarm in held.computation.alarms[:16]],
+                "alarms": [alarm_body(alarm) for alarm in held.computation.alarms[:16]],
                 "votes": [vote_body(vote) for vote in votes],
                 "needs_third": needs_third,
             },
             urgent=True,
         )
 
-    def _publish(self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling) -> None:
+    def _leave(self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling) -> Left:
+        """The suspect, whose computation it was, writes the evidence; every rank learns what became of it."""
+        if self.engine.spec.evidence is None:
+            return Left()
+        mine = None
+        if self.group.rank == suspect:
+            here = self.members[suspect]
+            mine = leave(self.engine, held, suspect, here, votes, ruling, self.roles.record)
+        found = self.group.gather_objects(mine)[suspect]
+        return found if isinstance(found, Left) else Left()
+
+    def _publish(self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling, left: Left) -> None:
         if self.group.rank != self._reporter(suspect):
             return
         self.daemon.report(
@@ -194,6 +182,8 @@ class Replayer:
                 "blamed_device": ruling.blamed_device or "",
                 "recurrent": ruling.recurrent,
                 "reason": ruling.reason,
+                "evidence": left.name,
+                "evidence_note": left.note,
             },
             urgent=True,
         )
@@ -238,16 +228,3 @@ def recompute(
         finite=finite,
         number=number,
     )
-
-
-def vote_body(vote: Vote) -> dict[str, Any]:
-    """A vote as it travels: assay.v1.Vote's fields."""
-    body = asdict(vote)
-    del body["finite"]
-    return body
-
-
-def _alarm_body(alarm: Any) -> dict[str, Any]:
-    body = asdict(alarm)
-    body["pass"] = body.pop("pass_")
-    return body

@@ -28,6 +28,11 @@ class Roles:
         self._record: tuple[Passage, ...] | None = None
         self._experts: Tensor | None = None
 
+    @property
+    def record(self) -> tuple[Passage, ...]:
+        """What the suspect exchanged with others in the step; empty where nothing is, or before it was handed over."""
+        return self._record or ()
+
     def close(self) -> None:
         """Forget the last suspect."""
         self._record = self._experts = None

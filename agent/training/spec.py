@@ -57,6 +57,46 @@ class Mesh:
 
 
 @dataclass(frozen=True, slots=True)
+class EvidenceSettings:
+    """What held steps leave behind in `folder`, and for how long; without `data`, no training data is in it.
+
+    Of one job at most `keep` bundles, none older than `days`, together at most `total_bytes`; what does not fit into
+    `bundle_bytes` is left out of a bundle, weights first.
+    """
+
+    folder: str
+    # Incidents are looked into within weeks; privacy rules often grant a month.
+    data: bool = True
+    days: float = 30.0
+    # An incident a day for a month.
+    keep: int = 32
+    # All of them, at the size of `small` (34 MB of weights).
+    total_bytes: int = 1 << 30
+    # The gate holds all ranks while it is written: at a disk's 500 MB/s, half a second at most.
+    bundle_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str) or not self.folder:
+            raise SpecError(f"evidence.folder is {self.folder!r}; it must be a path")
+        if not isinstance(self.data, bool):
+            raise SpecError(f"evidence.data is {self.data!r}; it must be true or false")
+        for name in ("days", "keep", "total_bytes", "bundle_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise SpecError(f"evidence.{name} is {value!r}; it must be a number above 0")
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> "EvidenceSettings":
+        """From the specification's object. Raises SpecError naming the key."""
+        known = [item.name for item in fields(cls)]
+        if unknown := sorted(body.keys() - set(known)):
+            raise SpecError(f"evidence has an unknown key {unknown[0]!r}; it takes {', '.join(known)}")
+        if "folder" not in body:
+            raise SpecError("evidence lacks folder, where bundles are kept")
+        return cls(**body)
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
     """One job. Bits depend on preset, vocab_size, seed, world, precision, corpus, tokenizer, pack, threads, mesh only.
 
@@ -65,8 +105,8 @@ class JobSpec:
     `tokenizer` is a tokenizer.json for a corpus of text, or None for bytes; `vocab_size` the model's ids, or None for
     the preset's; `pack` is "stream" (windows anywhere, as if the corpus were one text) or "documents" (windows whose
     documents do not see each other). `replays` is how often a suspect computes a held step again at most, see
-    `diagnostics.verify.votes`. Ranks refuse a corpus that has not `corpus_digest`, if there is one. Without a
-    `mesh` every rank holds the whole state; with one, `world` is its dp.
+    `diagnostics.verify.votes`; without `evidence` a held step leaves none. Ranks refuse a corpus that has not
+    `corpus_digest`, if there is one. Without a `mesh` every rank holds the whole state; with one, `world` is its dp.
     """
 
     job: str
@@ -88,6 +128,7 @@ class JobSpec:
     corpus_digest: str | None = None
     mesh: Mesh | None = None
     replays: int = REPLAYS
+    evidence: EvidenceSettings | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -121,6 +162,10 @@ class JobSpec:
             if not isinstance(document["mesh"], dict):
                 raise SpecError(f"mesh is {document['mesh']!r}; it must be an object with dp, ep, local")
             document["mesh"] = Mesh.parse(document["mesh"])
+        if document.get("evidence") is not None:
+            if not isinstance(document["evidence"], dict):
+                raise SpecError(f"evidence is {document['evidence']!r}; it must be an object with folder")
+            document["evidence"] = EvidenceSettings.parse(document["evidence"])
         return cls(**{name: document[name] for name in known & document.keys()})
 
     def to_json(self) -> str:

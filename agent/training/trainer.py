@@ -17,11 +17,13 @@ from agent.training.checkpointing import Checkpoints, WholeCheckpoints, checkpoi
 from agent.training.collective import Group
 from agent.training.doubt import Doubt
 from agent.training.engine import Computation, Engine, gradient_digest
+from agent.training.evidence.leave import tidy
 from agent.training.fingerprint import described
 from agent.training.gate import Decision, Outcome, Row, decide
+from agent.training.held import Held, Member
 from agent.training.optimizer import AdamW, clip_coefficient
 from agent.training.recovery import Recovery
-from agent.training.replay import Daemon, Held, Member, Replayer
+from agent.training.replay import Daemon, Replayer
 from agent.training.schedule import learning_rate
 from agent.training.seating import divided, seated
 from agent.training.steprecord import Times, step_record
@@ -104,6 +106,8 @@ class Trainer:
             self.storage.fence(self.seat.generation)
         self.group.barrier()
         self.recovery.restore()
+        if self.group.rank == 0:
+            tidy(self.spec, self.transaction.record.step, self.seat.generation)
         describe = described(self.engine, self.seat.generation, self.recovery.parent_step())
         self.checkpoints = checkpoints(self.engine, self.group, self.storage, describe, self.daemon)
 
@@ -157,10 +161,10 @@ class Trainer:
             self.daemon.step(step_record(record, computation, norm, attempts, times))
             self._capture(record)
             return None
-        shard = self.transaction.record.shard
-        replica = 0 if shard is None else shard.replica
-        state = self.transaction.state
-        return Held(self.seat.generation, step, attempt, computation, original, state, replica), outcome
+        record = self.transaction.record
+        replica = 0 if record.shard is None else record.shard.replica
+        state = (self.transaction.state, replica, record.digest, record.own)
+        return Held(self.seat.generation, step, attempt, computation, original, *state), outcome
 
     def _compute(self, step: int, attempt: int) -> tuple[Computation, str]:
         self._enter(step, "forward")

@@ -14,7 +14,7 @@ COMMANDS = {
     "run": ("controller.cli.run", "Train a job on a cluster of its own on this machine."),
     "status": ("controller.cli.status", "Show the job, its nodes and every process."),
     "job": ("controller.cli.job", "Show a job or its steps."),
-    "incident": ("controller.cli.incident", "List incidents or show one with its timeline."),
+    "incident": ("controller.cli.incident", "List incidents, show one with its timeline, or replay what it was about."),
     "checkpoint": ("controller.cli.checkpoint", "List checkpoints or verify one."),
     "model": ("controller.cli.model", "Import or export weights, plan memory, generate text."),
     "drill": ("controller.cli.drill", "Inject a fault into a running job."),

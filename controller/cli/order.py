@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from controller.cli import checks, drills
+from controller.cli import checks, drills, evidence
 from controller.cli.errors import ConditionError, UsageError
 from controller.cli.presets import LAYERS, REPLAYS
 from controller.cli.rundir import load, unused
@@ -40,6 +40,7 @@ _BEFORE = {
     "corpus_digest": None,
     "mesh": None,
     "replays": REPLAYS,
+    "evidence": None,
 }
 
 
@@ -85,6 +86,7 @@ def new_order(options: dict[str, Any], texts: tuple[str, ...]) -> Order:
         "storage": str(directory / "checkpoints"),
         "threads": THREADS,
         "cache": str(directory / "cache"),
+        "evidence": evidence.settings(options["evidence"], directory),
     }
     database = options["db"] or database_url(directory)
     return _order(directory, database, spec, options, texts)
@@ -109,6 +111,8 @@ def resumed_order(options: dict[str, Any], given: set[str], texts: tuple[str, ..
     if steps < run.spec["steps"]:
         raise UsageError(f"--steps is {run.spec['steps']} in the run in {directory}; it may only grow")
     spec = {**_BEFORE, **run.spec, "steps": steps}
+    if "evidence" in given:  # no bit depends on it, and whoever is asked to keep no data must be able to stop it
+        spec["evidence"] = evidence.settings(options["evidence"], directory)
     checks.preset(str(spec["preset"]))
     checks.corpus(spec["corpus"])
     checks.tokenizer(spec["tokenizer"])

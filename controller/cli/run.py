@@ -66,6 +66,13 @@ CANCEL_S = 0.5
     show_default=True,
     help="Times that a suspect computes a held step again, at most.",
 )
+@click.option(
+    "--evidence",
+    default="with-data",
+    show_default=True,
+    metavar="with-data|no-data[,keep=N][,days=N][,total=SIZE][,bundle=SIZE]|off",
+    help="What held steps leave to be replayed.",
+)
 @click.option("--checkpoint-every", default=CHECKPOINT_EVERY, show_default=True, type=click.IntRange(min=1))
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this directory.")
 @output_option

@@ -167,7 +167,10 @@ class GateAlarm(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayResult(Event):
-    """A vote from a spare (`verdict` empty, `action_id` set), or the gate's own verdict on a held step."""
+    """A vote from a spare (`verdict` empty, `action_id` set), or the gate's own verdict on a held step.
+
+    `evidence` names the bundle that the held step left, if it left one; the note says what is to be said of it.
+    """
 
     job: str
     generation: int
@@ -180,6 +183,8 @@ class ReplayResult(Event):
     recurrent: bool
     reason: str
     action_id: str
+    evidence: str = ""
+    evidence_note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from controller.core.actions import AskHuman, DeliverVote, Replay
 from controller.core.change import Change
 from controller.core.events import AuditResult, DigestDisagreement, GateAlarm, ReplayResult, Vote
-from controller.core.incidents import add_votes, open_incident
+from controller.core.incidents import add_evidence, add_votes, open_incident
 from controller.core.jobs import end
 from controller.core.nodes import accuse, quarantine
 from controller.core.placement import has_replacement, ready
@@ -48,6 +48,7 @@ def replay_result(change: Change, event: ReplayResult) -> None:
         return  # every rank reports the verdict of its gate; the first one counts
     _keep(job, replace(gate, attempt=attempt, judged=attempt))
     add_votes(change.incident(gate.incident), event.votes)
+    add_evidence(change, gate.incident, event.evidence, event.evidence_note)
     # An undecided step whose redo alarms again is no passing fault.
     again = event.verdict == UNDECIDED and attempt > 1
     rule(change, job, gate.incident, replace(event, recurrent=event.recurrent or again))

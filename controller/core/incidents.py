@@ -200,6 +200,15 @@ def add_votes(incident: Incident, votes: tuple[Vote, ...]) -> None:
     incident.votes = tuple(dict.fromkeys((*incident.votes, *votes)))
 
 
+def add_evidence(change: Change, key: str, name: str, note: str) -> None:
+    """Say what a held step left behind, or why it left nothing."""
+    incident = change.incident(key)
+    if name and name not in incident.evidence:
+        incident.evidence = (*incident.evidence, name)
+    if name or note:
+        change.note(key, f"evidence {name or 'is missing'}: {note}" if note else f"evidence {name}")
+
+
 def incident_document(incident: Incident) -> dict[str, Any]:
     """The incident as people and tools get it: JSON types only, durations in seconds from the fault.
 
@@ -235,6 +244,7 @@ def incident_document(incident: Incident) -> dict[str, Any]:
         "resumed_from": source,
         "caught": incident.caught,
         "timeline": [{"time": note.time, "text": note.text} for note in incident.timeline],
+        "evidence": list(incident.evidence),
     }
 
 

@@ -7,7 +7,7 @@ from controller.core.actions import Action, Placement
 from controller.core.events import Device, Drill, Vote
 from controller.core.policy import Policy
 
-STATE_VERSION = 2  # grows when a stored snapshot can no longer be read as it is
+STATE_VERSION = 3  # grows when a stored snapshot can no longer be read as it is
 
 
 class NodeState(StrEnum):
@@ -233,6 +233,7 @@ class Incident:
     """One thing that went wrong, from the fault to the next committed step. Times are in seconds since 1970.
 
     `generation` is the one it happened in, `restart_generation` the newest one started because of it (0: none).
+    `evidence` names the bundles that its held attempts left, the first one first.
     Invariant: `verdict` is empty unless `kind` is sdc. Invariant: `closed_at` is set once `recovered_at` is.
     """
 
@@ -250,6 +251,7 @@ class Incident:
     before_commit: bool | None = None
     verdict: str = ""
     votes: tuple[Vote, ...] = ()
+    evidence: tuple[str, ...] = ()
     actions: tuple[Ordered, ...] = ()
     fault_at: float | None = None
     detected_at: float | None = None

@@ -48,6 +48,11 @@ def test_corruption_and_a_kill_leave_no_trace_in_the_bits(run: Start, clean: Doc
     )
     assert replay.returncode == 0, replay.stdout + replay.stderr
     one_trace_each(document)
+    again = ask("incident", "replay", sdc["id"], "--dir", document["dir"], "--times", "2")
+    assert (again["verdict"], again["upholds"], again["step"], again["rank"]) == ("CORRUPT", True, 6, 1)
+    agree = {vote["role"]: vote["agrees"] for vote in again["votes"]}
+    assert agree == {"original": False, "suspect": True, "peer": True}
+    assert again["digests"] == [next(vote["digest"] for vote in sdc["votes"] if vote["role"] == "peer")] * 2
 
 
 def one_trace_each(document: Document) -> None:

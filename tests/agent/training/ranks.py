@@ -84,7 +84,7 @@ def _rank(
     from agent.slots import Slots
     from agent.training.collective import Group, serve_rendezvous
     from agent.training.engine import Engine
-    from agent.training.replay import Member
+    from agent.training.held import Member
     from agent.training.spec import JobSpec
     from agent.training.trainer import Seat, Trainer
 

@@ -163,6 +163,8 @@ def _show(state: State, key: str) -> Iterator[str]:
     """An incident as it is published, or the fields of a job that people ask for."""
     if key in state.incidents:
         document = incident_document(state.incidents[key])
+        if not document["evidence"]:
+            del document["evidence"]
         for name in ("actions", "timeline", "votes"):
             document[name] = f"{len(document[name])} of them"
         yield from (

@@ -1,6 +1,7 @@
 """A cluster told event by event: short words for events, and every promise of core checked after each of them."""
 
 import json
+from dataclasses import replace
 
 from controller.core import events
 from controller.core.actions import Action
@@ -236,14 +237,21 @@ class Story:
         return self.feed(self._replayed(node, step, rank, (self.vote("third", node, "good"),), action=action))
 
     def verdict(
-        self, verdict: str, *, rank: int, step: int, blamed: str = "", recurrent: bool = False, by: int | None = None
+        self,
+        verdict: str,
+        *,
+        rank: int,
+        step: int,
+        blamed: str = "",
+        recurrent: bool = False,
+        by: int | None = None,
+        evidence: tuple[str, str] = ("", ""),
     ) -> list[Action]:
         reporter = self.home(rank if by is None else by)
         suspect = self.home(rank)
         votes = (self.vote("original", suspect, "bad"), self.vote("suspect", suspect, "bad" if recurrent else "good"))
-        return self.feed(
-            self._replayed(reporter, step, rank, votes, verdict=verdict, blamed=blamed, recurrent=recurrent)
-        )
+        told = self._replayed(reporter, step, rank, votes, verdict=verdict, blamed=blamed, recurrent=recurrent)
+        return self.feed(replace(told, evidence=evidence[0], evidence_note=evidence[1]))
 
     def disagreement(self, step: int, blamed: int) -> list[Action]:
         digests = {rank: "bad" if rank == blamed else "good" for rank in range(self.state.jobs[self.job].world)}

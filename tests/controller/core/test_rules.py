@@ -382,9 +382,21 @@ def test_the_incident_document_has_the_keys_that_people_rely_on() -> None:
     story.final(12)
     document = incident_document(story.state.incidents["inc-0001"])
     keys = "id kind job rank injected_step detected_step before_commit verdict votes node device actions"
-    assert list(document) == [*keys.split(), "detect_s", "recovery_s", "resumed_from", "caught", "timeline"]
+    assert list(document) == [*keys.split(), "detect_s", "recovery_s", "resumed_from", "caught", "timeline", "evidence"]
     assert document["votes"][0].keys() == {"node", "device", "pid", "digest", "role", "number"}
     assert document["before_commit"] is True
+
+
+def test_each_held_attempt_leaves_its_evidence_with_the_incident_or_says_why_not() -> None:
+    story = trained()
+    for attempt, evidence in ((1, ("first", "9 bytes")), (2, ("second", "")), (3, ("", "no room"))):
+        story.alarm(1, 12, attempt=attempt)
+        story.verdict("FALSE_ALARM", rank=1, step=12, evidence=evidence)
+        story.verdict("FALSE_ALARM", rank=1, step=12, evidence=("late", "another rank's word on a judged attempt"))
+    document = incident_document(story.state.incidents["inc-0001"])
+    assert document["evidence"] == ["first", "second"]
+    told = [entry["text"] for entry in document["timeline"] if entry["text"].startswith("evidence")]
+    assert told == ["evidence first: 9 bytes", "evidence second", "evidence is missing: no room"]
 
 
 def test_traces_follow_an_incident_through_its_actions() -> None:

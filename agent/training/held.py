@@ -1,0 +1,51 @@
+"""A held step as its ranks speak of it: who computes where, what was computed, and how both travel."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from agent.training.engine import Computation
+from agent.training.layout import State
+from diagnostics.health import Alarm
+from diagnostics.verify.votes import Vote
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Which device a rank runs on."""
+
+    node: str
+    device: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A step that the gate holds, on one rank: its own computation, and its digest if it alarmed.
+
+    `state` is the committed one: the job's whole state hashed to `digest` then, this rank's words to `own`, and on a
+    mesh its neighbour's shard in it must hash to `replica`.
+    """
+
+    generation: int
+    step: int
+    attempt: int
+    computation: Computation
+    original: str
+    state: State
+    replica: int = 0
+    digest: int = 0
+    own: int = 0
+
+
+def vote_body(vote: Vote) -> dict[str, Any]:
+    """A vote as it travels: assay.v1.Vote's fields."""
+    body = asdict(vote)
+    del body["finite"]
+    return body
+
+
+def alarm_body(alarm: Alarm) -> dict[str, Any]:
+    """An alarm as it travels: assay.v1.Alarm's fields."""
+    body = asdict(alarm)
+    body["pass"] = body.pop("pass_")
+    return body
