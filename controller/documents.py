@@ -5,6 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
+from controller.core import nodes, suspicion
 from controller.core.incidents import incident_document
 from controller.core.state import Incident, Job, Node, State
 from controller.store.encoding import dump
@@ -15,9 +16,23 @@ Entry = TypeVar("Entry", Node, Job, Incident)
 
 def write_changes(unit: Unit, before: State, after: State, now: float) -> None:
     """Add to `unit` a row for each node, job and incident that one decision altered; `now` in seconds since 1970."""
-    _write(unit, "node", before.nodes, after.nodes, partial(_node, now=now))
+    doubted = _doubted(before, after)
+    known = {name: node for name, node in before.nodes.items() if name not in doubted} if doubted else before.nodes
+    _write(unit, "node", known, after.nodes, partial(_node, state=after, now=now))
     _write(unit, "job", before.jobs, after.jobs, _job)
     _write(unit, "incident", before.incidents, after.incidents, _incident)
+
+
+def _doubted(before: State, after: State) -> set[str]:
+    """Nodes whose devices are doubted otherwise than before: their rows change though they do not."""
+    if after.policy != before.policy:
+        return set(after.nodes)
+    keys = before.suspicion.keys() | after.suspicion.keys()
+    changed = {key for key in keys if before.suspicion.get(key) != after.suspicion.get(key)}
+    if not changed:
+        return set()
+    named = after.nodes.items()
+    return {name for name, node in named if any(nodes.identity(after, device) in changed for device in node.devices)}
 
 
 def _write(
@@ -37,7 +52,7 @@ def _write(
             unit.add(statement, **made)
 
 
-def _node(node: Node, now: float) -> dict[str, Any]:
+def _node(node: Node, state: State, now: float) -> dict[str, Any]:
     document = {
         "node": node.name,
         "state": str(node.state),
@@ -49,6 +64,10 @@ def _node(node: Node, now: float) -> dict[str, Any]:
         "devices": [asdict(device) for device in node.devices],
         "standbys": [{"standby": one.id, "job": one.job, "pid": one.pid} for one in node.standbys.values()],
         "findings": dict(node.findings),
+        "suspicion": [
+            suspicion.document(device, state.suspicion.get(nodes.identity(state, device)), state.policy)
+            for device in node.devices
+        ],
         "changed_at": now,
     }
     return {

@@ -185,5 +185,9 @@ class Recorder:
             old = before.incidents.get(incident.id)
             if old is None:
                 self._metrics.incidents.labels(incident.kind).inc()
+            if incident.verdict and (old is None or old.decided_at != incident.decided_at):
+                self._metrics.verdicts.labels(incident.verdict).inc()
+                if isinstance(event, events.ReplayResult):
+                    self._metrics.widened.inc(event.widened)
             if incident.recovered_at is not None and (old is None or old.recovered_at is None):
                 self._traces.incident(incident)

@@ -39,6 +39,10 @@ class Metrics:
         )
         self.actions = Counter("assay_actions", "Actions decided.", ["type"], registry=self.registry)
         self.incidents = Counter("assay_incidents", "Incidents opened.", ["kind"], registry=self.registry)
+        self.verdicts = Counter("assay_verdicts", "Verdicts on held steps.", ["verdict"], registry=self.registry)
+        self.widened = Counter(
+            "assay_tolerances_widened", "Tolerances widened after false alarms.", registry=self.registry
+        )
         self.nodes = Gauge("assay_nodes_linked", "Nodes with an open stream.", registry=self.registry)
         self.step = Gauge("assay_job_final_step", "Last step that core saw final.", ["job"], registry=self.registry)
         self.units = Counter("assay_store_units", "Units committed.", registry=self.registry)

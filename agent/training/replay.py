@@ -70,9 +70,9 @@ class Replayer:
         mesh = self.engine.spec.mesh
         if mesh is not None and mesh.ep > 1 and held.attempt == 1:
             ruling = unless_received(ruling)
-        left = self._leave(held, suspect, votes, ruling)
+        concluded = self._conclude(held, suspect, votes, ruling)
         self.roles.close()
-        self._publish(held, suspect, votes, ruling, left)
+        self._publish(held, suspect, votes, ruling, concluded)
         return ruling
 
     def _cast(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> list[Vote]:
@@ -158,18 +158,20 @@ class Replayer:
             urgent=True,
         )
 
-    def _leave(self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling) -> Left:
-        """The suspect, whose computation it was, writes the evidence; every rank learns what became of it."""
-        if self.engine.spec.evidence is None:
-            return Left()
-        mine = None
+    def _conclude(self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling) -> tuple[Left, int]:
+        """The suspect leaves evidence and, after a false alarm, widens its tolerances; every rank learns of both."""
+        mine = (Left(), 0)
         if self.group.rank == suspect:
-            here = self.members[suspect]
-            mine = leave(self.engine, held, suspect, here, votes, ruling, self.roles.record)
-        found = self.group.gather_objects(mine)[suspect]
-        return found if isinstance(found, Left) else Left()
+            left = leave(self.engine, held, suspect, self.members[suspect], votes, ruling, self.roles.record)
+            false = ruling.verdict is Verdict.FALSE_ALARM
+            mine = left, self.engine.guard.recalibrate(held.computation.alarms) if false else 0
+        concluded: tuple[Left, int] = self.group.gather_objects(mine)[suspect]
+        return concluded
 
-    def _publish(self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling, left: Left) -> None:
+    def _publish(
+        self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling, concluded: tuple[Left, int]
+    ) -> None:
+        left, widened = concluded
         if self.group.rank != self._reporter(suspect):
             return
         self.daemon.report(
@@ -184,6 +186,7 @@ class Replayer:
                 "reason": ruling.reason,
                 "evidence": left.name,
                 "evidence_note": left.note,
+                "widened": widened,
             },
             urgent=True,
         )

@@ -241,7 +241,7 @@ class Trainer:
             trace = self._begin_trace(suspect, "alarm", held.step)
             with self.daemon.span("replay", trace, step=held.step, suspect=suspect, reason=outcome.reason):
                 ruling = self.replayer.judge(held, suspect)
-            self._act_on(ruling, held, suspect)
+            self._act_on(ruling, held)
         return trace
 
     def _begin_trace(self, rank: int, name: str, step: int) -> str:
@@ -252,9 +252,7 @@ class Trainer:
                 pass  # a mark in time: what follows from it has spans of its own
         return str(self.group.gather_objects(mine)[rank])
 
-    def _act_on(self, ruling: Ruling, held: Held, suspect: int) -> None:
-        if ruling.verdict is Verdict.FALSE_ALARM and suspect == self.group.rank:
-            self.engine.guard.recalibrate(held.computation.alarms)
+    def _act_on(self, ruling: Ruling, held: Held) -> None:
         if ruling.verdict is Verdict.SOFTWARE:
             raise StepRefused(f"step {held.step}: {ruling.reason}")
         if ruling.verdict is Verdict.CORRUPT and ruling.recurrent:

@@ -1,5 +1,7 @@
 """`assay status`: the job, its nodes, and every process of the run with its pid."""
 
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import click
 from controller.cli.output import output_option, print_facts, print_json, print_table
 from controller.cli.reading import read
 from controller.cli.rundir import dir_option, load, local_processes
+
+SUSPICION = ("device", "serial", "node", "suspicion", "evidence", "faults", "undecided", "false alarms", "last")
 
 
 @click.command("status")
@@ -32,8 +36,18 @@ def command(directory: Path, form: str) -> None:
     )
     nodes = [(n.get("node", n.get("name")), n.get("state"), "yes" if n.get("spare") else "") for n in document["nodes"]]
     print_table("nodes", ("node", "state", "spare"), nodes)
+    print_table("devices", SUSPICION, [row for node in document["nodes"] for row in suspicions(node)])
     columns = ("role", "node", "rank", "generation", "pid")
     print_table("processes", columns, [[entry.get(c) for c in columns] for entry in document["processes"]])
+
+
+def suspicions(node: dict[str, Any]) -> Iterator[Sequence[object]]:
+    """A node's devices as rows under SUSPICION."""
+    for entry in node.get("suspicion", []):
+        counts = [entry[name] for name in ("evidence", "faults", "undecided", "false_alarms")]
+        last = entry["last_at"]
+        when = None if last is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last))
+        yield (entry["device"], entry["serial"] or None, node.get("node"), f"{entry['mean']:.3f}", *counts, when)
 
 
 def status_document(directory: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Held steps: the third vote for a commit gate, and what follows from its verdict."""
+"""Held steps: the third vote for a commit gate, and what the gate's own news mean for it."""
 
 from dataclasses import replace
 
@@ -6,13 +6,9 @@ from controller.core.actions import AskHuman, DeliverVote, Replay
 from controller.core.change import Change
 from controller.core.events import AuditResult, DigestDisagreement, GateAlarm, ReplayResult, Vote
 from controller.core.incidents import add_evidence, add_votes, open_incident
-from controller.core.jobs import end
-from controller.core.nodes import accuse, quarantine
-from controller.core.placement import has_replacement, ready
-from controller.core.restarts import require
-from controller.core.state import Gate, Incident, Job, JobStatus, Node
-
-CORRUPT, FALSE_ALARM, UNDECIDED, SOFTWARE = "CORRUPT", "FALSE_ALARM", "UNDECIDED", "SOFTWARE"
+from controller.core.placement import ready
+from controller.core.state import Gate, Job, JobStatus, Node
+from controller.core.verdicts import CORRUPT, UNDECIDED, rule
 
 
 def gate_alarm(change: Change, event: GateAlarm) -> None:
@@ -52,26 +48,6 @@ def replay_result(change: Change, event: ReplayResult) -> None:
     # An undecided step whose redo alarms again is no passing fault.
     again = event.verdict == UNDECIDED and attempt > 1
     rule(change, job, gate.incident, replace(event, recurrent=event.recurrent or again))
-
-
-def rule(change: Change, job: Job, key: str, event: ReplayResult) -> None:
-    """Act on a verdict. Only a confirmed corruption raises suspicion, and only a repeated one costs a restart."""
-    incident = change.incident(key)
-    incident.verdict = event.verdict
-    incident.decided_at = change.now
-    change.note(key, f"decided: {event.verdict}{', recurrent' if event.recurrent else ''}: {event.reason}")
-    if event.verdict == CORRUPT:
-        _corrupt(change, job, incident, event)
-    elif event.verdict == SOFTWARE:
-        why = f"step {event.step} comes out wrong everywhere: {event.reason}"
-        end(change, job, JobStatus.FAILED, why, key)
-    elif event.verdict == UNDECIDED:
-        where = f"rank {event.rank} at step {event.step}" if event.rank >= 0 else f"step {event.step}"
-        question = f"Which device corrupted {where}? {event.reason}"
-        change.act(AskHuman, job, "", event.reason, incident=key, question=question)
-        if event.recurrent:
-            why = f"step {event.step} keeps failing its checks, and there is no other device to compare on"
-            end(change, job, JobStatus.FAILED, why, key)
 
 
 def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
@@ -243,41 +219,3 @@ def _deliver(change: Change, job: Job, gate: Gate, votes: tuple[Vote, ...], why:
     for name in dict.fromkeys(place.node for place in job.placements):
         body = {"step": gate.step, "rank": gate.rank, "votes": votes}
         change.act(DeliverVote, job, name, why, incident=gate.incident, **body)
-
-
-def _corrupt(change: Change, job: Job, incident: Incident, event: ReplayResult) -> None:
-    """A device is confirmed to have corrupted a step: remember it, and replace its node if it will do it again."""
-    place = next((item for item in job.placements if item.node == event.blamed_node), None)
-    device = event.blamed_device or (place.device if place else "")
-    incident.node, incident.device = event.blamed_node or incident.node, device or incident.device
-    last = job.corruptions.get(device)
-    job.corruptions[device] = event.step
-    level = accuse(change, event.blamed_node, device)
-    reasons = []
-    if event.recurrent:
-        reasons.append("its fault recurs")
-    # The same step again is the redo of a held step: a fault that stayed.
-    if last is not None and 0 <= event.step - last <= change.policy.recurrence_steps:
-        reasons.append(f"it corrupted step {last} and now step {event.step}")
-    if level >= change.policy.quarantine_at:
-        reasons.append(f"suspicion of it has come to {level:.2f}")
-    stayed = event.recurrent or last == event.step
-    if reasons and event.blamed_node in change.state.nodes and (stayed or has_replacement(change, job)):
-        _replace(change, job, incident.id, event.blamed_node, f"{device}: {'; '.join(reasons)}")
-    elif reasons:  # its redone steps are clean, so the job goes on; a node of nobody's cannot be replaced
-        question = f"{device} should be replaced and cannot be: {reasons[0]}. Add a node."
-        change.act(AskHuman, job, "", event.reason, incident=incident.id, question=question)
-
-
-def _replace(change: Change, job: Job, key: str, name: str, why: str) -> None:
-    """Quarantine a node and put another in its place; without another, a person has to find one."""
-    quarantine(change, name, job, why, key)
-    if not job.holds(name):
-        return
-    if not has_replacement(change, job):
-        question = f"{name} is quarantined ({why}) and no spare is left. Add a node, then submit {job.id} again."
-        change.act(AskHuman, job, "", why, incident=key, question=question)
-        end(change, job, JobStatus.FAILED, f"{name} is quarantined and no spare is left: {why}", key)
-        return
-    job.outage = job.outage or key
-    require(change, job, job.outage, why, known=True, avoid=(name,), first=name)

@@ -1,10 +1,13 @@
 """The life of a node: which states follow which, and what links, agents and findings do to them."""
 
+from collections.abc import Callable
+
 from controller.core.actions import PrepareStandby, Quarantine, StopGeneration
 from controller.core.change import Change
-from controller.core.events import AgentHello, FindingCleared, FindingRaised, LinkLost, ProbeResult
-from controller.core.state import ACTIVE, UNDER_WAY, Job, Node, NodeState
-from controller.core.suspicion import blamed, mean
+from controller.core.events import AgentHello, Device, FindingCleared, FindingRaised, LinkLost, ProbeResult
+from controller.core.policy import Policy
+from controller.core.state import ACTIVE, UNDER_WAY, Claim, Job, Node, NodeState, State, Suspicion
+from controller.core.suspicion import mean, merged
 
 UNKNOWN, ADMITTING, HEALTHY = NodeState.UNKNOWN, NodeState.ADMITTING, NodeState.HEALTHY
 SUSPECT, DRAINING, QUARANTINED = NodeState.SUSPECT, NodeState.DRAINING, NodeState.QUARANTINED
@@ -70,6 +73,8 @@ def hello(change: Change, event: AgentHello) -> bool:
     node.epoch, node.linked, node.lost_at = event.epoch, True, 0.0
     node.spare, node.devices, node.fingerprint = event.spare, event.devices, event.fingerprint
     node.peer_endpoint = event.peer_endpoint
+    for device in event.devices:
+        _claim(change, node.name, device)
     if reborn:
         node.spent = (*node.spent, *node.standbys)[-SPENT:]
         node.standbys = {}
@@ -94,7 +99,7 @@ def admit(change: Change, name: str) -> None:
 
 
 def _doubts(change: Change, node: Node) -> float:
-    suspicions = [change.state.suspicion.get(device.uuid) for device in node.devices]
+    suspicions = [change.state.suspicion.get(identity(change.state, device)) for device in node.devices]
     return max((mean(item, change.now, change.policy) for item in suspicions), default=0.0)
 
 
@@ -146,18 +151,62 @@ def prepare(change: Change, job: Job, node: Node) -> None:
         change.act(PrepareStandby, job, node.name, reason, spec=job.spec, seconds=change.policy.prepare_s)
 
 
-def accuse(change: Change, name: str, device: str) -> float:
-    """A corruption was pinned on a device: raise its suspicion and say how far; a healthy node becomes SUSPECT."""
-    raised = blamed(change.state.suspicion.get(device), change.now, change.policy)
-    change.state.suspicion[device] = raised
-    level = mean(raised, change.now, change.policy)
+Weigh = Callable[[Suspicion | None, float, Policy], Suspicion]
+
+
+def accuse(change: Change, name: str, device: str, weigh: Weigh) -> float:
+    """Note a verdict about a device (`suspicion.blamed`, `doubted` or `excused`) and say how far it is doubted now.
+
+    A healthy node becomes SUSPECT once its device is doubted enough.
+    """
     node = change.state.nodes.get(name)
+    known = next((item for item in node.devices if item.uuid == device), None) if node is not None else None
+    key = device if known is None else identity(change.state, known)
+    change.state.suspicion[key] = weigh(change.state.suspicion.get(key), change.now, change.policy)
+    level = mean(change.state.suspicion[key], change.now, change.policy)
     if node is not None and level >= change.policy.suspect_at:
         if node.state in (HEALTHY, ADMITTING):
             enter(change, name, SUSPECT, f"suspicion of {device} is {level:.2f}")
         elif node.state is UNKNOWN and node.before_unknown is HEALTHY:
             change.node(name).before_unknown = SUSPECT
     return level
+
+
+def identity(state: State, device: Device) -> str:
+    """What suspicion of a device is kept under: its serial, or its uuid if it has none of its own."""
+    claim = state.serials.get(device.serial)
+    return device.serial if claim is not None and claim.uuid == device.uuid else device.uuid
+
+
+def _claim(change: Change, node: str, device: Device) -> None:
+    """Let a serial stand for the device that shows it. What is held against the device goes along.
+
+    A board that moved shows it on another host, maybe under another uuid. Two devices that show it at the same time
+    have none of their own: a maker's blank, or a node that lies, which must not have others doubted.
+    """
+    if not device.serial:
+        return
+    serials = change.state.serials
+    old = serials.get(device.serial)
+    if old is None or old.uuid == device.uuid or (old.uuid and not _present(change.state, old)):
+        serials[device.serial] = Claim(node, device.uuid)
+        _rename(change, device.uuid, device.serial)
+    elif old.uuid:
+        serials[device.serial] = Claim("", "")
+        _rename(change, device.serial, old.uuid)
+
+
+def _present(state: State, claim: Claim) -> bool:
+    node = state.nodes.get(claim.node)
+    return node is not None and node.linked and any(device.uuid == claim.uuid for device in node.devices)
+
+
+def _rename(change: Change, old: str, new: str) -> None:
+    """Keep under `new` what was held against `old`, together with what is known under the new name."""
+    held = change.state.suspicion.pop(old, None) if old != new else None
+    if held is not None:
+        known = change.state.suspicion.get(new)
+        change.state.suspicion[new] = held if known is None else merged(known, held, change.now, change.policy)
 
 
 def quarantine(change: Change, name: str, job: Job, reason: str, incident: str) -> None:

@@ -148,10 +148,26 @@ class Fired:
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """Faults a device was blamed for, decayed to `at` (seconds since 1970)."""
+    """What is held against a device, weighed by the policy and decayed to `at` (seconds since 1970).
+
+    The counts never decay: confirmed corruptions, alarms of which nobody could tell, false alarms; `last` is the time
+    of the newest of them.
+    """
 
     bad: float
     at: float
+    faults: int = 0
+    undecided: int = 0
+    false_alarms: int = 0
+    last: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Which device a serial stands for; neither, once two that were here at the same time had claimed it."""
+
+    node: str
+    uuid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +290,7 @@ class State:
     Invariant: `next_action` and `next_incident` only grow, so no id is ever given twice.
     `outstanding` holds what agents were told and have not answered. `wake` is when a Tick is needed; it follows from
     the rest and the time of the last event, so it takes no part in comparisons.
+    `suspicion` is by serial, which outlives host names and jobs, or by uuid where there is none (`nodes.identity`).
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -283,6 +300,7 @@ class State:
     incidents: dict[str, Incident] = field(default_factory=dict)
     outstanding: dict[str, Action] = field(default_factory=dict)
     suspicion: dict[str, Suspicion] = field(default_factory=dict)
+    serials: dict[str, Claim] = field(default_factory=dict)
     next_action: int = 1
     next_incident: int = 1
     wake: float | None = field(default=None, compare=False)

@@ -1,10 +1,12 @@
 """What people and tools may read, as versioned JSON documents; rows never leave this package."""
 
 import json
+import time
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, select
 
+from controller.core import suspicion
 from controller.store import rundocument, steps
 from controller.store.errors import UnknownIdError
 from controller.store.opening import Store, told
@@ -48,7 +50,7 @@ class Queries:
                 "schema": "assay.status/1",
                 "job": None if chosen is None else _job(connection, chosen),
                 "jobs": [_job_row(row) for row in connection.execute(select(jobs).order_by(jobs.c.submitted))],
-                "nodes": [json.loads(row.document) for row in connection.execute(select(nodes).order_by(nodes.c.name))],
+                "nodes": [_node(row) for row in connection.execute(select(nodes).order_by(nodes.c.name))],
                 "processes": _processes(connection),
                 "open_incidents": _incident_list(connection, select(incidents).where(incidents.c.closed.is_(None))),
                 "controller": _lease(connection),
@@ -146,6 +148,13 @@ def _job(connection: Connection, job: str) -> Document:
         "drills": [_drill(drill) for drill in fired],
         "spec": json.loads(row.spec),
     }
+
+
+def _node(row: Row[Any]) -> Document:
+    """A node with its devices' suspicion as it stands now: it fades while nothing is written."""
+    document: Document = json.loads(row.document)
+    now = time.time()
+    return {**document, "suspicion": [suspicion.aged(entry, now) for entry in document.get("suspicion", [])]}
 
 
 def _drill(row: Row[Any]) -> Document:

@@ -104,8 +104,24 @@ function drawNodes() {
     .map((p) => "rank " + p.rank).join(", ");
   rows("nodes", (state.nodes || []).map((n) => {
     const name = n.node === undefined ? n.name : n.node;
-    return row([name, chip(String(n.state)), holds(name) || (n.spare ? "spare" : "-"), n.reason || n.why || ""]);
+    return row([name, chip(String(n.state)), holds(name) || (n.spare ? "spare" : "-"), doubts(n), n.reason || n.why || ""]);
   }), "none yet");
+}
+
+function counted(count, name) { return count ? count + " " + name + (count === 1 ? "" : "s") : ""; }
+
+// How far each device of a node is doubted, and on what evidence.
+function doubts(node) {
+  const box = made("span");
+  for (const s of node.suspicion || []) {
+    const told = [counted(s.faults, "fault"), counted(s.undecided, "undecided alarm"), counted(s.false_alarms, "false alarm")];
+    if (s.last_at !== null) told.push("last " + new Date(s.last_at * 1000).toLocaleString());
+    const line = made("div", s.mean.toFixed(3));
+    line.title = s.device + (s.serial ? ", serial " + s.serial : "");
+    if (s.last_at !== null) line.append(made("div", told.filter(Boolean).join(", "), "small"));
+    box.append(line);
+  }
+  return box;
 }
 
 function drawCheckpoints() {

@@ -61,6 +61,7 @@ def test_a_transient_corruption_is_caught_before_it_commits(
     assert end(reports) == clean
     (ruling,) = kinds(reports, "replay_result")
     assert (ruling["verdict"], ruling["blamed_node"], ruling["recurrent"]) == ("CORRUPT", f"n{rank}", False)
+    assert ruling["widened"] == 0
     assert {vote["node"] for vote in ruling["votes"]} == {"n0", "n1"}
     assert [entry["attempts"] for entry in kinds(reports, "step") if entry["step"] == 3] == [2, 2]
     spans = [(s["name"], s["traceparent"].partition("/")[0]) for s in kinds(reports, "span")]
@@ -85,7 +86,9 @@ def test_sensors_change_no_bit(home: Path, clean: str) -> None:
 def test_a_tight_tolerance_is_found_false_and_changes_no_bit(home: Path, clean: str) -> None:
     codes, reports = train(home / "tight", tolerance_scale=0.001)
     assert (codes, end(reports)) == ([0, 0], clean)
-    assert {r["verdict"] for r in kinds(reports, "replay_result")} == {"FALSE_ALARM"}
+    rulings = kinds(reports, "replay_result")
+    assert {r["verdict"] for r in rulings} == {"FALSE_ALARM"}
+    assert rulings[0]["widened"] > 0
 
 
 @pytest.mark.parametrize("phase", ["forward", "reduce", "gate", "commit", "capture"])

@@ -31,6 +31,7 @@ from controller.cli.presets import (
 )
 from controller.cli.rundir import claimed, load
 from controller.cli.session import Session
+from controller.cli.status import SUSPICION, suspicions
 from controller.local.plan import Plan
 
 
@@ -339,6 +340,15 @@ def test_status_lists_what_the_supervisor_runs(ended: Path, capsys, monkeypatch:
 def test_a_folder_that_is_no_run_is_2(arguments: list[str], tmp_path: Path, capsys) -> None:
     assert call([*arguments, "--dir", str(tmp_path)]) == 2
     _one_line(capsys, "not the directory of a run")
+
+
+def test_each_device_has_a_row_with_what_is_held_against_it() -> None:
+    entry = {"device": "gpu-7", "serial": "", "mean": 0.136, "evidence": 1.0, "faults": 1, "undecided": 0}
+    node = {"node": "n0", "suspicion": [{**entry, "false_alarms": 3, "last_at": None}]}
+    (row,) = suspicions(node)
+    assert list(row) == ["gpu-7", None, "n0", "0.136", 1.0, 1, 0, 3, None]
+    assert len(row) == len(SUSPICION)
+    assert list(suspicions({"node": "of an older run"})) == []
 
 
 def test_an_unknown_job_or_incident_is_1(ended: Path, capsys) -> None:

@@ -243,3 +243,60 @@ def test_revoked_checkpoints_lend_no_digest(story: Story) -> None:
     with story.store.engine.begin() as connection:
         connection.execute(text("UPDATE checkpoints SET trust = 'revoked'"))
     assert queries.run()["state_digest"] == "d5"
+
+
+def judged(story: Story, verdict: str, node: str, step: int, widened: int = 0) -> events.ReplayResult:
+    """What a gate says of a step of `node`, in the generation that runs."""
+    job = story.recorder.state.jobs["main"]
+    rank = next(place.rank for place in job.placements if place.node == node)
+    place = job.placed(rank)
+    assert place is not None
+    return events.ReplayResult(
+        time=1.0,
+        node=node,
+        job="main",
+        generation=job.generation,
+        step=step,
+        rank=rank,
+        votes=(),
+        verdict=verdict,
+        blamed_node=node if verdict == "CORRUPT" else "",
+        blamed_device=place.device if verdict == "CORRUPT" else "",
+        recurrent=False,
+        reason="told so",
+        action_id="",
+        widened=widened,
+    )
+
+
+def test_a_nodes_devices_are_doubted_as_they_stand_now(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored at a verdict fades until it is read, though nothing is written meanwhile."""
+    story.see(judged(story, "CORRUPT", "n0", 6))
+    story.see(judged(story, "FALSE_ALARM", "n0", 7))  # changes nothing of the node itself, and shows all the same
+    now = story.recorder.now()
+    queries = story.store_all()
+
+    def shown(later: float) -> dict[str, object]:
+        monkeypatch.setattr("controller.store.queries.time.time", lambda: now + later)
+        nodes = {node["node"]: node["suspicion"] for node in queries.status()["nodes"]}
+        assert all(entry["mean"] == 0.05 and entry["last_at"] is None for entry in nodes["n2"])
+        (entry,) = nodes["n0"]
+        return dict(entry)
+
+    at_once, faded = shown(0.0), shown(7 * 86400.0)
+    assert (at_once["mean"], at_once["evidence"]) == (0.136, 1.0)
+    assert (faded["mean"], faded["evidence"]) == (0.095, 0.5)
+    assert (faded["faults"], faded["undecided"], faded["false_alarms"]) == (1, 0, 1)
+    assert faded["last_at"] == pytest.approx(now)
+
+
+def test_verdicts_and_widened_tolerances_are_counted_once(story: Story) -> None:
+    for _ in range(2):  # every rank's word on a judged gate
+        story.see(judged(story, "FALSE_ALARM", "n0", 6, widened=2))
+    story.see(judged(story, "CORRUPT", "n0", 7))
+    told = story.recorder._metrics.text().decode()
+    assert 'assay_verdicts_total{verdict="FALSE_ALARM"} 1.0' in told
+    assert 'assay_verdicts_total{verdict="CORRUPT"} 1.0' in told
+    assert "assay_tolerances_widened_total 2.0" in told
+    notes = [note["text"] for note in story.store_all().incidents()["incidents"][-2]["timeline"]]
+    assert "recalibrated: 2 tolerances widened on rank 0" in notes

@@ -26,6 +26,17 @@ INCIDENT: dict[str, Any] = {
     "timeline": [{"time": 100.0, "text": "the gate holds step 3"}, {"time": 100.25, "text": EVIL}],
 }
 
+DOUBTED: dict[str, Any] = {
+    "device": "cpu-n0",
+    "serial": EVIL,
+    "mean": 0.136,
+    "evidence": 1.0,
+    "faults": 1,
+    "undecided": 0,
+    "false_alarms": 3,
+    "last_at": 100.0,
+}
+
 PICTURE: dict[str, Any] = {
     "schema": "assay.status/1",
     "job": {
@@ -46,7 +57,7 @@ PICTURE: dict[str, Any] = {
     },
     "jobs": [],
     "nodes": [
-        {"node": "n0", "state": "HEALTHY", "spare": False},
+        {"node": "n0", "state": "HEALTHY", "spare": False, "suspicion": [DOUBTED]},
         {"node": EVIL, "state": "QUARANTINED", "spare": True},
     ],
     "processes": [],

@@ -71,6 +71,8 @@ def test_the_page_fills_itself_and_runs_nothing_that_nodes_said(served: str, tmp
     assert "<title>job-1 - Assay</title>" in page
     assert "4 of 40" in page
     assert 'class="curve"' in page
+    assert "0.136" in page
+    assert "1 fault, 3 false alarms, last " in page
     assert html.escape(EVIL, quote=False) in page
     assert "<img" not in page
 
