@@ -1,4 +1,4 @@
-"""What each kind of fault does to one result matrix, in place."""
+"""What each kind of drill does to one result matrix, in place: the models, at a place that a sensor must see."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from diagnostics.faults.bits import flipped
+from diagnostics.faults.places import TILE, tile_at
 from diagnostics.faults.spec import FaultSpec
 
-# A warp's share of an output tile, and the shape in which faults were seen (periodic along both axes).
-TILE = 16
 # Values of stuck lanes and wrong tiles, in units of the result's root mean square: far above the floor of the row
 # check in fp32 (1e-3 rms) and in bf16 (0.02 sqrt(columns) rms, which 16 wrong values exceed up to 10^6 columns).
 STRENGTH = 4.0
@@ -32,12 +32,16 @@ def corrupt(result: Tensor, spec: FaultSpec, rng: random.Random) -> Corruption:
         raise TypeError(f"cannot corrupt {result.dtype}: only float32 and bfloat16")
     before = result.clone()
     row, column = _visible_element(before.float(), rng)
+    tile = result[tile_at(row, column)]
     if spec.fault == "bitflip":
-        _flip(result, row, column, spec.bit)
+        result[row, column] = flipped(result[row, column], 1 << _bit(result, spec.bit))
     elif spec.fault == "stuck":
         result[:, column % TILE :: TILE] = _strength(before)
+    elif spec.fault == "scale":
+        tile.mul_(STRENGTH)
     else:
-        _tile(result, row, column, spec.fault == "scale", rng)
+        signs = torch.tensor([rng.choice((-1.0, 1.0)) for _ in range(tile.numel())], device=tile.device)
+        tile.copy_(signs.reshape(tile.shape) * _strength(before))
     return _difference(before, result, row, column)
 
 
@@ -57,24 +61,9 @@ def _visible_element(values: Tensor, rng: random.Random) -> tuple[int, int]:
     return row, column
 
 
-def _flip(result: Tensor, row: int, column: int, bit: int) -> None:
-    wide = result.dtype == torch.float32
-    if not wide and bit >= 16:
-        bit -= 16
-    integers = result.view(torch.int32 if wide else torch.int16)
-    sign = bit == (31 if wide else 15)
-    mask = torch.iinfo(integers.dtype).min if sign else 1 << bit
-    integers[row, column] ^= mask
-
-
-def _tile(result: Tensor, row: int, column: int, scale: bool, rng: random.Random) -> None:
-    top, left = row // TILE * TILE, column // TILE * TILE
-    tile = result[top : top + TILE, left : left + TILE]
-    if scale:
-        tile.mul_(STRENGTH)
-        return
-    signs = torch.tensor([rng.choice((-1.0, 1.0)) for _ in range(tile.numel())], device=tile.device)
-    tile.copy_(signs.reshape(tile.shape) * _strength(result))
+def _bit(result: Tensor, bit: int) -> int:
+    """The bit of the result's own type: bf16 has the upper 16 of fp32's."""
+    return bit - 16 if result.dtype == torch.bfloat16 and bit >= 16 else bit
 
 
 def _strength(result: Tensor) -> float:

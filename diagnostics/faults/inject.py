@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diagnostics.faults.corrupt import TILE, corrupt
+from diagnostics.faults.corrupt import corrupt
+from diagnostics.faults.places import TILE
 from diagnostics.faults.spec import FaultSpec, FaultSpecError
 from diagnostics.sensors.announced import Announced, watchers
 
