@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from rich.progress import Progress
 from agent.model import PRESETS, V3
 from agent.training.engine import loss_scale
 from benchmarks._figures import Figure, document
+from benchmarks.campaign.intervals import wilson
 from diagnostics.faults.inject import Injector
 from diagnostics.faults.spec import OPS, FaultSpec, Kind
 from diagnostics.sensors.digest import digest, digest_bytes
@@ -99,13 +99,6 @@ class Bench:
         else:
             self.backward(tokens)
         return time.perf_counter() - begin
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share: what `hits` of `n` prove, which is less than hits / n."""
-    z = 1.96
-    centre, spread = hits / n + z * z / (2 * n), z * math.sqrt(hits * (n - hits) / n**3 + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
 def recall(bench: Bench, each: int, tick: Callable[[], None]) -> Iterator[Figure]:

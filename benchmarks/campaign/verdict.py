@@ -1,0 +1,48 @@
+"""Whose device is blamed: the product's own rules, fed with the computations of the trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.campaign.bench import Computed
+from diagnostics.verify.votes import Role, Vote, decide
+
+#: The device that is struck, and those that cast the other votes. The suspect's replay is on the device itself.
+STRUCK, PEER, THIRD = "n0", "n1", "n2"
+_DEVICES: dict[Role, str] = {"original": STRUCK, "suspect": STRUCK, "peer": PEER, "third": THIRD}
+
+
+def by_votes(original: Computed, clean: str, again: Callable[[], Computed | None]) -> dict[str, Any]:
+    """Replay until there is a verdict, as `agent.training.replay` does.
+
+    clean: digest of the right gradients, which every other device computes. again: the suspect's replay; None where the
+    fault does not come back, and the suspect is right this time.
+    """
+    finite = original.finite and all(math.isfinite(alarm.reading) for alarm in original.alarms)
+    votes = [_vote("original", original.digest, bool(original.alarms), finite)]
+    ruling = decide(votes)
+    while ruling.needs is not None:
+        role = ruling.needs
+        replay = again() if role == "suspect" else None
+        if replay is None:
+            votes.append(_vote(role, clean, False, True))
+        else:
+            votes.append(_vote(role, replay.digest, bool(replay.alarms), replay.finite))
+        ruling = decide(votes)
+    verdict = "" if ruling.verdict is None else ruling.verdict.value
+    return {"verdict": verdict, "blamed": ruling.blamed_device or "", "replays": len(votes) - 1}
+
+
+def by_redo(ours: int, peers: int, clean: int) -> dict[str, Any]:
+    """States differ at the next gate: both ranks roll back, and the redo shows whose words were others.
+
+    One rank is blamed; if both differ from the redo, none is (`agent.training.doubt`).
+    """
+    wrong = [device for device, state in ((STRUCK, ours), (PEER, peers)) if state != clean]
+    return {"verdict": "ROLLED_BACK", "blamed": wrong[0] if len(wrong) == 1 else "", "replays": 1}
+
+
+def _vote(role: Role, digest: str, alarm: bool, finite: bool) -> Vote:
+    return Vote(role, _DEVICES[role], _DEVICES[role], 0, digest, alarm, finite)
