@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from agent.model import PRESETS, V3, huggingface
 from agent.training.allocator import keep_memory
+from agent.training.engine import AGAIN
 from diagnostics.sensors.guard import Guard
 
 #: The shape that the targets were set with: `small` with a vocabulary of 4,096, and no MTP module, which Hugging Face
@@ -110,7 +111,7 @@ def hugging_face(variant: Variant) -> nn.Module:
 
 def _our_pass(model: nn.Module, variant: Variant) -> Step:
     sample = tokens()
-    guard = Guard(model, enabled=variant.sensors)
+    guard = Guard(model, enabled=variant.sensors, again=AGAIN)  # as a job's engine guards
     key = 0
 
     def run() -> float:

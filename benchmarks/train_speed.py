@@ -137,7 +137,15 @@ def ratios(taken: dict[str, list[float]], peers: bool) -> list[Figure]:
     for kind in ("fp32", "bf16"):
         pairs = zip(taken[f"ours {kind}, sensors on"], taken[f"ours {kind}"], strict=True)
         cost = statistics.median(on / off for on, off in pairs) - 1
-        figures.append(Figure(f"sensors' share of a step, {kind}", cost, "share", "lower", coverage="every linear"))
+        figures.append(
+            Figure(
+                f"sensors' share of a step, {kind}",
+                cost,
+                "share",
+                "lower",
+                coverage="every product; a sixteenth of moves and element-wise work",
+            )
+        )
     return figures
 
 

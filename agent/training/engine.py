@@ -35,7 +35,7 @@ MOMENTS = {"fp32": torch.float32, "bf16": torch.float32, "fp8": torch.bfloat16}
 
 #: Share of the operators without an identity that a step runs again. All of them would take another half of a step of
 #: `tiny`; spares' audits and digests look at the rest. What is drawn changes with the step.
-_AGAIN = 1 / 16
+AGAIN = 1 / 16
 
 _NO_COUNTS = torch.zeros(0, 0, dtype=torch.int64)
 #: Called as (model, step, attempt); the context surrounds forward and backward. Drills enter here.
@@ -187,7 +187,7 @@ class Engine:
         )
 
     def _guarded(self, scale: float) -> Guard:
-        return Guard(self.model, tolerance_scale=scale, enabled=self.spec.sensors, again=_AGAIN)
+        return Guard(self.model, tolerance_scale=scale, enabled=self.spec.sensors, again=AGAIN)
 
     def _clock(self, sense: GuardedStep) -> int:
         first = sense.first_alarm

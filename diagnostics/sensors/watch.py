@@ -34,6 +34,11 @@ class Eyes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.step = step
         self.open = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would keep the compiler off the method below, at 3 us an operator: nothing compiles it."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -54,6 +59,15 @@ class CompiledEyes(Eyes):  # type: ignore[no-untyped-call]
     def ignore_compile_internals(cls) -> bool:
         """What torch asks a mode before it runs a compiled function."""
         return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def has_compiled() -> bool:
