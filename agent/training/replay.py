@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,8 @@ from diagnostics.verify.votes import Role, Ruling, Vote, decide
 #: A spare fetches the state (0.1 s) and recomputes one step; 30 s covers a slow network and a cold worker. The
 #: controller gives up earlier and says so.
 THIRD_VOTE_S = 30.0
+#: Where nobody left any evidence.
+NOTHING_LEFT = Left()
 
 
 class Daemon(Protocol):
@@ -42,6 +44,17 @@ class Daemon(Protocol):
         """Votes of other devices on `rank`'s `step`; empty when there will be none or time is up."""
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What came of a hearing of one suspect, the evidence that it left, and how many tolerances it widened."""
+
+    suspect: int
+    votes: tuple[Vote, ...]
+    ruling: Ruling
+    left: Left = NOTHING_LEFT
+    widened: int = 0
+
+
 class Replayer:
     """Carries out the replays that a held gate asks for; every rank calls `judge` with the same suspects."""
 
@@ -53,10 +66,10 @@ class Replayer:
         self.daemon = daemon
         self._scratch = torch.empty(0)
 
-    def judge(self, held: Held, suspect: int) -> Ruling:
-        """Collect votes until there is a verdict on `suspect`; the same ruling on every rank."""
+    def judge(self, held: Held, suspect: int) -> Judged:
+        """Collect votes until there is a verdict on `suspect`; the same on every rank, and not published yet."""
         held = self._with_original(held, suspect)
-        self._alarm(held, suspect, (), needs_third=False)
+        self.alarm(held, suspect, (), needs_third=False)
         votes = self._exchange(held, suspect, {suspect: "original"})
         unavailable: frozenset[Role] = frozenset()
         ruling = decide(votes, unavailable, self.engine.spec.replays)
@@ -72,8 +85,7 @@ class Replayer:
             ruling = unless_received(ruling)
         concluded = self._conclude(held, suspect, votes, ruling)
         self.roles.close()
-        self._publish(held, suspect, votes, ruling, concluded)
-        return ruling
+        return Judged(suspect, tuple(votes), ruling, *concluded)
 
     def _cast(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> list[Vote]:
         """The vote of that role, from a rank or a spare; none if nobody can cast it."""
@@ -126,7 +138,7 @@ class Replayer:
 
     def _from_spare(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> Vote | None:
         """Ask the controller for a spare's vote; every rank waits for the reporter's answer."""
-        self._alarm(held, suspect, votes, needs_third=True)
+        self.alarm(held, suspect, votes, needs_third=True)
         answer: list[dict[str, Any]] = []
         if self.group.rank == self._reporter(suspect):
             answer = self.daemon.wait_vote(held.step, suspect, THIRD_VOTE_S)
@@ -142,7 +154,8 @@ class Replayer:
             alarm=bool(cast["alarm"]),
         )
 
-    def _alarm(self, held: Held, suspect: int, votes: Sequence[Vote], needs_third: bool) -> None:
+    def alarm(self, held: Held, suspect: int, votes: Sequence[Vote], needs_third: bool) -> None:
+        """The suspect says what its sensors read."""
         if self.group.rank != suspect:
             return
         self.daemon.report(
@@ -168,17 +181,16 @@ class Replayer:
         concluded: tuple[Left, int] = self.group.gather_objects(mine)[suspect]
         return concluded
 
-    def _publish(
-        self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling, concluded: tuple[Left, int]
-    ) -> None:
-        left, widened = concluded
+    def publish(self, held: Held, judged: Judged) -> None:
+        """Another rank than the suspect, where there is one, says what was found."""
+        suspect, ruling, left = judged.suspect, judged.ruling, judged.left
         if self.group.rank != self._reporter(suspect):
             return
         self.daemon.report(
             "replay_result",
             {
                 **self._coordinates(held, suspect),
-                "votes": [vote_body(vote) for vote in votes],
+                "votes": [vote_body(vote) for vote in judged.votes],
                 "verdict": ruling.verdict.value if ruling.verdict else "",
                 "blamed_node": ruling.blamed_node or "",
                 "blamed_device": ruling.blamed_device or "",
@@ -186,7 +198,7 @@ class Replayer:
                 "reason": ruling.reason,
                 "evidence": left.name,
                 "evidence_note": left.note,
-                "widened": widened,
+                "widened": judged.widened,
             },
             urgent=True,
         )

@@ -20,6 +20,7 @@ from agent.training.engine import Computation, Engine, gradient_digest
 from agent.training.evidence.leave import tidy
 from agent.training.fingerprint import described
 from agent.training.gate import Decision, Outcome, Row, decide
+from agent.training.hearing import Hearing
 from agent.training.held import Held, Member
 from agent.training.optimizer import AdamW, clip_coefficient
 from agent.training.recovery import Recovery
@@ -79,6 +80,7 @@ class Trainer:
         self.division, source = divided(engine, group, self.transaction)
         members = [Member(*parts) for parts in group.gather_objects((here.node, here.device, here.pid))]
         self.replayer = Replayer(engine, group, members, daemon)
+        self.hearing = Hearing(self.replayer, group, daemon)
         self.recovery = Recovery(
             engine, group, self.transaction, self.division, source, self.storage, daemon, seat.generation
         )
@@ -236,28 +238,14 @@ class Trainer:
     def _hold(self, held: Held, outcome: Outcome) -> str:
         """Nothing is committed until every suspect has a verdict; afterwards the step is redone, in the trace given."""
         self._enter(held.step, "replay")
-        trace = ""
-        for suspect in outcome.suspects:
-            trace = self._begin_trace(suspect, "alarm", held.step)
-            with self.daemon.span("replay", trace, step=held.step, suspect=suspect, reason=outcome.reason):
-                ruling = self.replayer.judge(held, suspect)
-            self._act_on(ruling, held)
-        return trace
-
-    def _begin_trace(self, rank: int, name: str, step: int) -> str:
-        """`rank` begins the trace of an incident; every rank learns its context, to join it."""
-        mine = ""
-        if self.group.rank == rank:
-            with self.daemon.span(name, "", step=step) as mine:
-                pass  # a mark in time: what follows from it has spans of its own
-        return str(self.group.gather_objects(mine)[rank])
-
-    def _act_on(self, ruling: Ruling, held: Held) -> None:
-        if ruling.verdict is Verdict.SOFTWARE:
-            raise StepRefused(f"step {held.step}: {ruling.reason}")
-        if ruling.verdict is Verdict.CORRUPT and ruling.recurrent:
+        trace, heard = self.hearing.hear(held, outcome)
+        rulings = [judged.ruling for judged in heard]
+        if stays := next((r for r in rulings if r.verdict is Verdict.CORRUPT and r.recurrent), None):
             self._enter(held.step, "verdict")
-            self._await_replacement(ruling)
+            self._await_replacement(stays)
+        if refused := next((r for r in rulings if r.verdict is Verdict.SOFTWARE), None):
+            raise StepRefused(f"step {held.step}: {refused.reason}")
+        return trace
 
     def _await_replacement(self, ruling: Ruling) -> None:
         """The blamed device must go: the controller ends this worker. Only a lost controller lets this return."""
@@ -271,7 +259,7 @@ class Trainer:
             raise StepRefused(f"ranks committed different states at step {step} {MAX_ATTEMPTS + 1} times")
         self._enter(step, "restore")
         self.checkpoints.discard(step)
-        self.doubt.roll_back(step, rows, self.own, self._begin_trace(0, "disagreement", step))
+        self.doubt.roll_back(step, rows, self.own, self.hearing.begin_trace(0, "disagreement", step))
 
     def _enter(self, step: int, phase: str) -> None:
         self.phase = (step, phase)

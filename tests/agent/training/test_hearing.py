@@ -1,0 +1,95 @@
+"""A hearing: all suspects are judged first, and a verdict that ends the job is said last, if it still stands."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.training.gate import Decision, Outcome
+from agent.training.hearing import Hearing, unless_spread
+from agent.training.held import Held
+from agent.training.replay import Judged
+from diagnostics.health import Verdict
+from diagnostics.verify.votes import Ruling
+
+
+def ruling(verdict: Verdict, rank: int, recurrent: bool = False) -> Ruling:
+    blamed = f"n{rank}" if verdict is Verdict.CORRUPT else None
+    return Ruling(verdict, blamed, blamed, recurrent=recurrent, needs=None, reason=f"of rank {rank}")
+
+
+class Court:
+    """A replayer whose verdicts are known, and what was asked of it, in order."""
+
+    def __init__(self, verdicts: dict[int, Verdict]) -> None:
+        self.verdicts = verdicts
+        self.order: list[tuple[Any, ...]] = []
+
+    def judge(self, held: Held, suspect: int) -> Judged:
+        self.order.append(("judged", suspect))
+        return Judged(suspect, (), ruling(self.verdicts[suspect], suspect))
+
+    def publish(self, held: Held, judged: Judged) -> None:
+        self.order.append(("published", judged.suspect, judged.ruling.verdict))
+
+
+class Chorus:
+    """A group whose ranks all say the same."""
+
+    rank = 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value] * 8
+
+
+class Silent:
+    """A daemon that hears nothing."""
+
+    @contextmanager
+    def span(self, name: str, parent: str, **attributes: Any) -> Iterator[str]:
+        yield f"{parent}/{name}"
+
+
+def heard(verdicts: dict[int, Verdict]) -> tuple[Court, list[Judged]]:
+    court = Court(verdicts)
+    hearing = Hearing(court, Chorus(), Silent())  # type: ignore[arg-type]
+    held = Held(1, 5, 1, None, "", None)  # type: ignore[arg-type]
+    _, found = hearing.hear(held, Outcome(Decision.REPLAY, "sensor alarm", suspects=tuple(verdicts)))
+    return court, found
+
+
+def test_a_suspect_whose_software_is_blamed_does_not_keep_the_next_from_being_judged() -> None:
+    court, found = heard({0: Verdict.SOFTWARE, 2: Verdict.CORRUPT})
+    assert court.order == [
+        ("judged", 0),
+        ("judged", 2),
+        ("published", 2, Verdict.CORRUPT),
+        ("published", 0, Verdict.UNDECIDED),
+    ]
+    assert [judged.ruling.verdict for judged in found] == [Verdict.UNDECIDED, Verdict.CORRUPT]
+    assert "n2 corrupted the same step" in found[0].ruling.reason
+
+
+def test_software_stands_where_no_device_is_to_blame() -> None:
+    court, found = heard({0: Verdict.SOFTWARE, 2: Verdict.FALSE_ALARM})
+    assert court.order[-1] == ("published", 0, Verdict.SOFTWARE)
+    assert [judged.ruling.verdict for judged in found] == [Verdict.SOFTWARE, Verdict.FALSE_ALARM]
+
+
+@given(st.lists(st.sampled_from(Verdict), min_size=1, max_size=5))
+def test_whatever_the_verdicts_all_are_published_once_and_only_software_changes(verdicts: list[Verdict]) -> None:
+    court, found = heard(dict(enumerate(verdicts)))
+    published = sorted(entry[1] for entry in court.order if entry[0] == "published")
+    assert published == list(range(len(verdicts)))
+    for verdict, judged in zip(verdicts, found, strict=True):
+        softened = verdict is Verdict.SOFTWARE and Verdict.CORRUPT in verdicts
+        assert judged.ruling.verdict is (Verdict.UNDECIDED if softened else verdict)
+
+
+@pytest.mark.parametrize("verdict", [v for v in Verdict if v is not Verdict.CORRUPT])
+def test_without_a_corrupt_device_nothing_changes(verdict: Verdict) -> None:
+    judged = [Judged(1, (), ruling(verdict, 1))]
+    assert unless_spread(judged) == judged
