@@ -46,8 +46,14 @@ class Group:
         """Sum `flat` over all ranks in place, bucket by bucket in a fixed order."""
         if self.world == 1:
             return
-        for start in range(0, flat.numel(), BUCKET):
-            self._run(dist.all_reduce, flat[start : start + BUCKET])
+        for bucket in buckets(flat):
+            self._run(dist.all_reduce, bucket)
+
+    def gather_tensor(self, mine: Tensor) -> Tensor:
+        """All ranks' tensors of one shape and dtype, in rank order: [world, ...]."""
+        whole = mine.new_empty(self.world * mine.numel())
+        self._run(dist.all_gather_single, whole, mine.reshape(-1))
+        return whole.view(self.world, *mine.shape)
 
     def gather(self, row: Sequence[int]) -> list[list[int]]:
         """All ranks' rows of int64, in rank order; every rank gives the same length."""
@@ -114,6 +120,19 @@ class Subgroup:
         """Put every rank's `own` into `whole`, in their order; `own` is a part of `whole`."""
         if self.world > 1 and whole.numel():
             run(dist.all_gather_single, whole, own.clone(), self.handle)
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        """Give row i of `rows` [world, ...] to rank i; returns what each has for this one, in their order."""
+        if self.world == 1:
+            return rows
+        arrived = torch.empty_like(rows)
+        run(dist.all_to_all_single, arrived, rows.contiguous(), None, None, self.handle)
+        return arrived
+
+
+def buckets(flat: Tensor) -> list[Tensor]:
+    """The parts of a flat gradient that are summed at once, sharing its memory."""
+    return list(torch.split(flat, BUCKET)) if flat.numel() else []
 
 
 def run(operation: Callable[..., Result], *arguments: Any) -> Result:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from agent.slots import ShardDigests
-from agent.training.collective import Group
+from agent.training.collective import Group, buckets
 from agent.training.layout import State, StateLayout
 from agent.training.optimizer import Pass, update
+from agent.training.reduction import UNCHECKED, Label, Reduction, judged
+from diagnostics.sensors.collectives import Weights, checksums
 from diagnostics.sensors.digest import digest
 
 _MASK = (1 << 64) - 1
@@ -17,8 +19,15 @@ _MASK = (1 << 64) - 1
 class Division(Protocol):
     """What the step needs to know of where gradients are summed and states updated."""
 
-    def reduce(self, gradients: Tensor) -> None:
-        """Sum float32 [flat] over the ranks in place, at least where this rank optimises. Raises PeerLost."""
+    @property
+    def compared(self) -> int:
+        """Checks that `advance` makes where it is given a key."""
+
+    def reduce(self, gradients: Tensor, key: int | None) -> Reduction:
+        """Sum float32 [flat] over the ranks in place, at least where this rank optimises. Raises PeerLost.
+
+        With a `key`, the same on all ranks, the sums are checked under signs drawn from it.
+        """
 
     def squared_norm(self, gradients: Tensor) -> float:
         """This rank's part of the reduced gradient's squared norm, in float64; over all ranks they add up to it."""
@@ -26,7 +35,8 @@ class Division(Protocol):
     def advance(self, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, ShardDigests | None]:
         """Write the state after the step into `new`, whose biases and meta are already there.
 
-        Returns the 64-bit digest of the job's state, and those of the shard if it is divided. Raises PeerLost.
+        Returns the 64-bit digest of the job's state, and those of the shard if it is divided. Raises PeerLost, and
+        Unlike where what ranks hand each other is not what was written.
         """
 
     def settle(self, state: State) -> tuple[int, ShardDigests | None]:
@@ -37,15 +47,24 @@ class Division(Protocol):
 
 
 class Replicated:
-    """Every rank sums all gradients and updates a whole state of its own."""
+    """Every rank sums all gradients and updates a whole state of its own, which the next gate compares with theirs."""
+
+    compared = 0
 
     def __init__(self, layout: StateLayout, group: Group) -> None:
         self._layout = layout
         self._group = group
 
-    def reduce(self, gradients: Tensor) -> None:
+    def reduce(self, gradients: Tensor, key: int | None) -> Reduction:
         """Sum in place, bucket by bucket in a fixed order."""
+        if key is None or self._group.world == 1:
+            self._group.reduce(gradients)
+            return UNCHECKED
+        parts, weights = buckets(gradients), Weights(key)
+        given = self._group.gather_tensor(checksums(parts, weights))
         self._group.reduce(gradients)
+        names = [f"bucket {number}" for number in range(len(parts))]
+        return judged(given, checksums(parts, weights), Label("all_reduce", names), digest(gradients))
 
     def squared_norm(self, gradients: Tensor) -> float:
         """Each rank takes an equal part of the elements."""
@@ -56,7 +75,7 @@ class Replicated:
         """One pass over the state, which is hashed while it is written."""
         layout = self._layout
         totals = update(layout, old, new, gradients, change)
-        return (sum(totals) + digest(new.words[layout.tail :], layout.tail)) & _MASK, None
+        return (sum(map(sum, totals)) + digest(new.words[layout.tail :], layout.tail)) & _MASK, None
 
     def settle(self, state: State) -> tuple[int, None]:
         """There is nothing to complete."""

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from agent.model import PRESETS, V3
-from agent.model.crossing import Comparison
-from agent.model.fp8 import Summary, summarise
+from agent.model.fp8 import summarise
 from agent.model.linear import Linear
 from agent.model.parallel import Echo, ExpertParallel
 from agent.model.presets import Preset
 from agent.model.v3 import LossOutput
 from agent.training.allocator import keep_memory
+from agent.training.computation import Computation, astray, with_seals
 from agent.training.data import Batch, BatchCorrupted, Corpus, CorpusError, sample_ids
 from agent.training.journal import Deviation, Journal, Wire
 from agent.training.layout import State, StateLayout
 from agent.training.sampling import window_ids
+from agent.training.seals import Seals
 from agent.training.shards import ShardLayout
 from agent.training.spec import JobSpec, Mesh
-from diagnostics.health import Alarm
 from diagnostics.sensors.digest import chain, digest
 from diagnostics.sensors.guard import Guard, GuardedStep
 
@@ -60,29 +60,6 @@ class Samples(Protocol):
         """These samples. Raises BatchCorrupted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Computation:
-    """What one forward and backward gave. `alarm` is `not (reading <= 1)`; `counts` is int64 [MoE layers, experts];
-    `fp8` has a summary for each kind of tensor that was quantised, and is empty in other precisions.
-
-    With a mesh, `clock` counts the exchanges with other ranks before the first alarm, and `crossing` is what the rank's
-    tokens sent to other nodes. `deviation` stands for the gradients of a replay that had to stop, because it sent other
-    rows than the run it repeats.
-    """
-
-    loss: float
-    reading: float
-    alarm: bool
-    alarms: tuple[Alarm, ...]
-    checks: int
-    counts: Tensor
-    tokens: int
-    fp8: tuple[Summary, ...] = ()
-    clock: int = 0
-    crossing: Comparison | None = None
-    deviation: str = ""
-
-
 class Engine:
     """Model, data and sensors of one rank, over whatever state it is pointed at.
 
@@ -96,6 +73,7 @@ class Engine:
         self.spec = spec
         self.preset = preset
         self.journal = Journal()
+        self.seals = Seals(0)
         self.corpus: Samples = _corpus(spec, preset.config.vocab_size) if samples is None else samples
         self.surround = surround
         self._loss_scale = loss_scale(preset) if spec.precision == "fp8" else 1.0
@@ -110,7 +88,8 @@ class Engine:
         spec = self.spec
         mesh = spec.mesh
         self.rank = rank
-        self.parallel = None if mesh is None else _journalled(mesh, rank, self.journal, live)
+        self._served: list[Tensor] = []
+        self.parallel = None if mesh is None else _journalled(mesh, rank, self.journal, live, self._served)
         self.model = V3(self.preset.config, _DTYPES[spec.precision], self.parallel)
         moments = MOMENTS[spec.precision]
         self.layout = StateLayout(self.model, moments) if mesh is None else ShardLayout(self.model, mesh, rank, moments)
@@ -123,15 +102,17 @@ class Engine:
         )
 
     def take(self, rank: int, live: ExpertParallel) -> None:
-        """Become `rank` of the mesh, whose exchanges go through `live`."""
-        self._build(rank, live)
+        """Become `rank` of the mesh, whose exchanges go through `live`, and are sealed where there are sensors."""
+        self.seals = Seals(rank)
+        mesh = self.spec.mesh
+        self._build(rank, self.seals.around(live, mesh) if mesh is not None and self.spec.sensors else live)
 
     def acting(self, rank: int) -> "Engine":
         """An engine that can replay `rank`'s part of a step: this one, or one with that rank's experts."""
         if self.spec.mesh is None or rank == self.rank:
             return self
         other = copy.copy(self)
-        other.journal = Journal()
+        other.journal, other.seals = Journal(), Seals(rank)
         other._build(rank, None)
         return other
 
@@ -149,11 +130,14 @@ class Engine:
     def compute(self, step: int, rank: int, attempt: int, gradients: Tensor) -> Computation:
         """Forward and backward of `rank`'s samples of `step`, into `gradients` (float32 [flat], overwritten).
 
-        Raises PeerLost if an exchange with another rank fails.
+        Attempt 0 is a replay, whose exchanges are none. Raises PeerLost if an exchange with another rank fails.
         """
+        if attempt:
+            self.seals.begin()
         batch = self.batch(step, rank)
         for _, tally in self._tallies:
             tally.clear()
+        self._served.clear()
         gradients.zero_()
         self.layout.bind_gradients(self.model, gradients)
         key = chain(self.spec.seed, step, rank)
@@ -172,7 +156,7 @@ class Engine:
         loss = math.nan if result is None else float(result.main)
         if not deviation:
             sense.observe("loss", loss)
-        return Computation(
+        computation = Computation(
             loss=loss,
             reading=sense.worst,
             alarm=not sense.clean,
@@ -185,6 +169,16 @@ class Engine:
             crossing=None if result is None else result.crossing,
             deviation=deviation,
         )
+        return self._sealed(computation) if attempt else computation
+
+    def _sealed(self, computation: Computation) -> Computation:
+        """The computation with what is wrong with what arrived in it. Raises PeerLost."""
+        with self.journal.waiting():
+            garbled = self.seals.compare()
+        if self.parallel is not None and self.spec.sensors:
+            own = self.parallel.experts(self.preset.config)
+            computation = replace(computation, astray=astray(computation.counts, self._served, own))
+        return with_seals(computation, garbled, self.seals.count)
 
     def _guarded(self, scale: float) -> Guard:
         return Guard(self.model, tolerance_scale=scale, enabled=self.spec.sensors, again=AGAIN)
@@ -258,11 +252,13 @@ def loss_scale(preset: Preset) -> float:
     return 2.0 ** math.floor(math.log2(preset.micro_batch * preset.seq_len))
 
 
-def _journalled(mesh: Mesh, rank: int, journal: Journal, live: ExpertParallel | None) -> ExpertParallel:
-    """The rank's place among the experts, with the journal on both hops."""
+def _journalled(
+    mesh: Mesh, rank: int, journal: Journal, live: ExpertParallel | None, served: list[Tensor]
+) -> ExpertParallel:
+    """The rank's place among the experts, with the journal on both hops; what its experts are asked for is kept."""
     across = Wire(journal, mesh.ep // mesh.local, live.across if live else None)
     within = Wire(journal, mesh.local, live.within if live else None)
-    return ExpertParallel(rank % mesh.ep, across, within)
+    return ExpertParallel(rank % mesh.ep, across, within, served.append)
 
 
 def _echoes(mesh: Mesh) -> ExpertParallel:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 #: int64 fields of a row before its expert counts.
-FIELDS = 12
+FIELDS = 14
 
 
 class GateError(RuntimeError):
@@ -29,6 +29,8 @@ class Row:
     `reading` is its worst reading; `alarm` is `not (reading <= 1)`, taken before any reduction so that NaN counts.
     `squared_norm` is that of its slice of the reduced gradient; `digest` is of the state committed at `previous`.
     `intact` is false if the rank's memory holds other bits than it committed, where it looks: on a mesh, at every gate.
+    `copy` is a hash of the summed gradient where all ranks hold the same, else 0. `astray` is a hash of the tokens that
+    came to the rank's experts less that of those it sent: over ranks that exchange tokens they add up to 0.
     `clock` counts the exchanges of expert parallelism before its first alarm, 0 without any. `written` is the newest
     step of which its shard of a checkpoint lies on storage. `counts` are the routed tokens of its own batch per (MoE
     layer, expert).
@@ -47,6 +49,8 @@ class Row:
     clock: int = 0
     written: int = 0
     intact: bool = True
+    copy: int = 0
+    astray: int = 0
 
     def pack(self) -> list[int]:
         """The row as FIELDS + len(counts) signed 64-bit integers; floats by their bits."""
@@ -63,6 +67,8 @@ class Row:
             self.clock,
             self.written,
             int(self.intact),
+            _signed(self.copy),
+            _signed(self.astray),
             *self.counts,
         ]
 
@@ -82,26 +88,32 @@ class Row:
             clock=values[9],
             written=values[10],
             intact=bool(values[11]),
+            copy=values[12] & 0xFFFFFFFFFFFFFFFF,
+            astray=values[13] & 0xFFFFFFFFFFFFFFFF,
             counts=tuple(values[FIELDS:]),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The decision with its reason; `norm` is the summed gradient's, `suspects` are ranks in rank order."""
+    """The decision with its reason; `norm` is the summed gradient's, `suspects` are ranks in rank order.
+
+    `astray` says that nothing alarmed at them, but tokens did not come to the experts that were chosen.
+    """
 
     decision: Decision
     reason: str
     norm: float = 0.0
     suspects: tuple[int, ...] = ()
+    astray: bool = False
 
 
 def decide(rows: Sequence[Row], ep: int = 1) -> Outcome:
     """Judge the rows, given in rank order; every `ep` adjacent ranks exchanged tokens in the step.
 
-    A disagreement about the previous commit comes first: nothing computed from a doubtful state counts. Then alarms.
-    The norm is summed in rank order, so that every rank gets the same bits. Raises GateError on rows of another
-    generation, step or attempt.
+    A disagreement about the previous commit comes first: nothing computed from a doubtful state counts. Then alarms,
+    tokens that went astray, and copies of one sum that are not the same. The norm is summed in rank order, so that
+    every rank gets the same bits. Raises GateError on rows of another generation, step or attempt.
     """
     head = rows[0]
     for rank, row in enumerate(rows):
@@ -123,12 +135,25 @@ def decide(rows: Sequence[Row], ep: int = 1) -> Outcome:
     suspects = _suspects(rows, ep)
     if suspects:
         return Outcome(Decision.REPLAY, "sensor alarm", suspects=suspects)
+    if lost := _astray(rows, ep):
+        return Outcome(Decision.REPLAY, f"tokens went astray among ranks {list(lost)}", suspects=lost, astray=True)
+    if len({row.copy for row in rows}) > 1:
+        return Outcome(Decision.REPLAY, "copies of the summed gradient differ", suspects=tuple(range(len(rows))))
     squared = 0.0
     for row in rows:
         squared += row.squared_norm
     if not math.isfinite(squared):
         return Outcome(Decision.REPLAY, "reduced gradient is not finite", suspects=tuple(range(len(rows))))
     return Outcome(Decision.COMMIT, "clean", norm=math.sqrt(squared))
+
+
+def _astray(rows: Sequence[Row], ep: int) -> tuple[int, ...]:
+    """The first group whose experts did not get the tokens that its routers sent them."""
+    for start in range(0, len(rows), ep):
+        group = range(start, min(start + ep, len(rows)))
+        if sum(rows[rank].astray for rank in group) & 0xFFFFFFFFFFFFFFFF:
+            return tuple(group)
+    return ()
 
 
 def _suspects(rows: Sequence[Row], ep: int) -> tuple[int, ...]:

@@ -1,13 +1,36 @@
 """A held step is heard: every suspect is judged before anything follows from a verdict."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from agent.training.collective import Group
 from agent.training.gate import Outcome
+from agent.training.handed import Finding
 from agent.training.held import Held
 from agent.training.replay import Daemon, Judged, Replayer
+from agent.training.seals import Garbled
 from diagnostics.health import Verdict
+from diagnostics.verify.between import (
+    Copy,
+    Handed,
+    Holder,
+    handed_ruling,
+    piece_ruling,
+    sum_ruling,
+    tokens_ruling,
+    update_ruling,
+)
+from diagnostics.verify.votes import Ruling
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one rank says of its part in a held step: how it alarmed, if it did, and what it holds of the sum."""
+
+    sensors: bool
+    garbled: Garbled | None
+    reading: float
+    copy: int
 
 
 class Hearing:
@@ -25,10 +48,10 @@ class Hearing:
         """
         traces: dict[int, str] = {}
         heard = []
-        for suspect in outcome.suspects:
+        for suspect, ruling in self._cases(held, outcome):
             traces[suspect] = self.begin_trace(suspect, "alarm", held.step)
             with self._daemon.span("replay", traces[suspect], step=held.step, suspect=suspect, reason=outcome.reason):
-                judged = self._replayer.judge(held, suspect)
+                judged = self._judged(held, suspect, ruling)
                 if judged.ruling.verdict is not Verdict.SOFTWARE:
                     self._replayer.publish(held, judged)
             heard.append(judged)
@@ -37,7 +60,7 @@ class Hearing:
             if before.ruling.verdict is Verdict.SOFTWARE:
                 with self._daemon.span("verdict", traces[judged.suspect], step=held.step, suspect=judged.suspect):
                     self._replayer.publish(held, judged)
-        return traces[outcome.suspects[-1]], final
+        return traces[heard[-1].suspect], final
 
     def begin_trace(self, rank: int, name: str, step: int) -> str:
         """`rank` begins the trace of an incident; every rank learns its context, to join it."""
@@ -46,6 +69,75 @@ class Hearing:
             with self._daemon.span(name, "", step=step) as mine:
                 pass  # a mark in time: what follows from it has spans of its own
         return str(self._group.gather_objects(mine)[rank])
+
+    def _cases(self, held: Held, outcome: Outcome) -> list[tuple[int, Ruling | None]]:
+        """Whom to judge; None where that takes votes. What ranks handed each other no recomputation can judge.
+
+        A sum concerns all ranks, so there is one case about it, however many of them alarmed.
+        """
+        if held.findings:
+            return [(finding.suspect, self._of_finding(finding)) for finding in held.findings]
+        suspects = outcome.suspects
+        if outcome.astray:
+            return [self._of_tokens(held, suspects)]
+        told = self._group.gather_objects(_told(held))
+        summed = [suspect for suspect in suspects if _in_sums(told, suspect)]
+        cases: list[tuple[int, Ruling | None]] = [self._of_sums(told)] if summed else []
+        for suspect in suspects:
+            if suspect not in summed:
+                garbled = told[suspect].garbled
+                cases.append((suspect, None if garbled is None else self._of_piece(garbled)))
+        return cases
+
+    def _of_sums(self, told: Sequence[Told]) -> tuple[int, Ruling]:
+        members = self._replayer.members
+        copies = [Copy(m.node, m.device, t.reading, t.copy) for m, t in zip(members, told, strict=True)]
+        ruling, lead = sum_ruling(copies)
+        return lead, ruling
+
+    def _of_tokens(self, held: Held, suspects: Sequence[int]) -> tuple[int, Ruling]:
+        """Each rank of the group computes its part again by itself: who sends other rows now misdirected them."""
+        deviates = self._replayer.deviates(held) if self._group.rank in suspects else False
+        rows = self._group.gather([int(deviates)])
+        members = self._replayer.members
+        deviating = {s: (members[s].node, members[s].device) for s in suspects if rows[s][0]}
+        ruling, lead = tokens_ruling(deviating, suspects[0])
+        return lead, ruling
+
+    def _of_piece(self, garbled: Garbled) -> Ruling:
+        """Both ends hash again what they keep of it; a rank that sent to itself is both."""
+        again = self._group.gather_objects(self._replayer.engine.seals.again(garbled))
+        source, destination = (self._replayer.members[r] for r in (garbled.source, garbled.destination))
+        return piece_ruling(
+            Holder(source.node, source.device, garbled.announced, again[garbled.source]),
+            Holder(destination.node, destination.device, garbled.arrived, again[garbled.destination]),
+        )
+
+    def _of_finding(self, finding: Finding) -> Ruling:
+        members = [(member.node, member.device) for member in self._replayer.members]
+        if isinstance(finding.evidence, Handed):
+            return handed_ruling(finding.evidence, members)
+        return update_ruling(finding.evidence, members)
+
+    def _judged(self, held: Held, suspect: int, ruling: Ruling | None) -> Judged:
+        if ruling is None:
+            return self._replayer.judge(held, suspect)
+        found = tuple(f.alarm for f in held.findings if f.suspect == suspect)
+        held = replace(held, computation=replace(held.computation, alarms=held.computation.alarms + found))
+        self._replayer.alarm(held, suspect, (), needs_third=False)
+        return Judged(suspect, (), ruling)
+
+
+def _told(held: Held) -> Told:
+    return Told(bool(held.original), held.computation.garbled, held.reduction.reading, held.reduction.copy)
+
+
+def _in_sums(told: Sequence[Told], suspect: int) -> bool:
+    """Whether what holds the step at this suspect is the sum: nothing came before it, and it read wrong, or differs."""
+    one = told[suspect]
+    if one.sensors or one.garbled is not None:
+        return False
+    return not one.reading <= 1.0 or len({t.copy for t in told}) > 1
 
 
 def unless_spread(heard: Sequence[Judged]) -> list[Judged]:

@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from agent.training.engine import Computation
+from agent.training.computation import Computation
+from agent.training.handed import Finding
 from agent.training.layout import State
+from agent.training.reduction import UNCHECKED, Reduction
 from diagnostics.health import Alarm
 from diagnostics.verify.votes import Vote
 
@@ -23,7 +25,8 @@ class Held:
     """A step that the gate holds, on one rank: its own computation, and its digest if it alarmed.
 
     `state` is the committed one: the job's whole state hashed to `digest` then, this rank's words to `own`, and on a
-    mesh its neighbour's shard in it must hash to `replica`.
+    mesh its neighbour's shard in it must hash to `replica`. `reduction` is what the check of the sums read, `findings`
+    what kept a state that was made already from being committed.
     """
 
     generation: int
@@ -35,6 +38,8 @@ class Held:
     replica: int = 0
     digest: int = 0
     own: int = 0
+    reduction: Reduction = UNCHECKED
+    findings: tuple[Finding, ...] = ()
 
 
 def vote_body(vote: Vote) -> dict[str, Any]:

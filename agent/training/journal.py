@@ -56,6 +56,11 @@ class Journal:
         self._sent, self._received, self._checks = [], [], []
         self._position = position
 
+    @property
+    def made(self) -> int:
+        """How many exchanges there have been in the step."""
+        return len(self._checks)
+
     def clock(self, check: int) -> int:
         """How many exchanges came before the check of that number: what this rank may have learned from others."""
         return sum(made <= check for made in self._checks)

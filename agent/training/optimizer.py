@@ -10,6 +10,8 @@ from diagnostics.sensors.digest import digest
 
 #: Elements per chunk: 5 arrays of 128 KiB stay in a 2 MiB L2 while a chunk is copied, updated and hashed.
 CHUNK = 32_768
+#: Parameters and both moments.
+Triple = tuple[Tensor, Tensor, Tensor]
 _MASK = (1 << 64) - 1
 
 
@@ -27,12 +29,18 @@ class AdamW:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One step's pass over the state: `step` counts from 1, summed gradients are multiplied by `coefficient`."""
+    """One step's pass over the state: `step` counts from 1, summed gradients are multiplied by `coefficient`.
+
+    With a `key`, the same on all ranks, what ranks hand each other in it is checked; `replica` is what the replica in
+    the old state must hash to.
+    """
 
     step: int
     lr: float
     coefficient: float
     settings: AdamW
+    key: int | None = None
+    replica: int = 0
 
 
 def clip_coefficient(norm: float, limit: float, world: int) -> float:
@@ -44,53 +52,63 @@ def clip_coefficient(norm: float, limit: float, world: int) -> float:
     return min(1.0, limit / (mean + 1e-6)) / world
 
 
-def update(layout: StateLayout, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, int, int]:
-    """Write what this rank optimises after the step into `new`; returns the 64-bit sums of the hashes of its pieces of
-    the parameters and of both moments.
+def update(layout: StateLayout, old: State, new: State, gradients: Tensor, change: Pass) -> list[tuple[int, int, int]]:
+    """Write what this rank optimises after the step into `new`; returns, for each piece of the layout, the 64-bit
+    hashes of its parameters and of both moments.
 
     `gradients` (float32 [flat], summed over ranks) is scaled in place by the pass's coefficient. Chunks are visited in
-    a fixed order with a fixed size, so the bits depend on the layout alone. bf16 moments are rounded to nearest once a
-    step; beta2 = 0.95 moves the second moment by up to 1/20 of itself, well above their 1/256.
+    a fixed order with a fixed size, so the bits depend on the layout alone.
     """
-    totals = [0, 0, 0]
+    totals = []
+    for piece in layout.pieces:
+        sums = [0, 0, 0]
+        for chunk in _chunks(piece):
+            part = slice(chunk.start, chunk.stop)
+            moment = slice(chunk.moment, chunk.moment + chunk.stop - chunk.start)
+            targets = (new.parameters[part], new.exp_avg[moment], new.exp_avg_sq[moment])
+            sources = (old.parameters[part], old.exp_avg[moment], old.exp_avg_sq[moment])
+            apply(sources, targets, gradients[part].mul_(change.coefficient), change, chunk.decay)
+            starts = (chunk.start, chunk.moment, chunk.moment)
+            for region, (target, start) in enumerate(zip(targets, starts, strict=True)):
+                sums[region] += digest(target, layout.place(layout.word(region, start)))
+        totals.append((sums[0] & _MASK, sums[1] & _MASK, sums[2] & _MASK))
+    return totals
+
+
+def apply(sources: Triple, targets: Triple, gradient: Tensor, change: Pass, decay: bool) -> None:
+    """AdamW on some elements: parameters and both moments from `sources` into `targets`; `gradient` is scaled already.
+
+    bf16 moments are rounded to nearest once a step; beta2 = 0.95 moves the second moment by up to 1/20 of itself, well
+    above their 1/256.
+    """
     settings = change.settings
-    step_tensor = torch.tensor(float(change.step))
-    for chunk in _chunks(layout.pieces):
-        part = slice(chunk.start, chunk.stop)
-        moment = slice(chunk.moment, chunk.moment + chunk.stop - chunk.start)
-        targets = [new.parameters[part], new.exp_avg[moment], new.exp_avg_sq[moment]]
-        sources = (old.parameters[part], old.exp_avg[moment], old.exp_avg_sq[moment])
-        # The kernel takes one type: bf16 moments are widened into a chunk of their own and rounded back.
-        outputs = [t if t.dtype == torch.float32 else torch.empty(t.shape, dtype=torch.float32) for t in targets]
-        for source, output in zip(sources, outputs, strict=True):
-            output.copy_(source)
-        torch._fused_adamw_(  # the kernel behind torch.optim.AdamW(fused=True)
-            [outputs[0]],
-            [gradients[part].mul_(change.coefficient)],
-            [outputs[1]],
-            [outputs[2]],
-            [],
-            [step_tensor],
-            lr=change.lr,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            weight_decay=settings.weight_decay if chunk.decay else 0.0,
-            eps=settings.eps,
-            amsgrad=False,
-            maximize=False,
-        )
-        starts = (chunk.start, chunk.moment, chunk.moment)
-        for region, (target, output, start) in enumerate(zip(targets, outputs, starts, strict=True)):
-            if target is not output:
-                target.copy_(output)
-            totals[region] += digest(target, layout.place(layout.word(region, start)))
-    return totals[0] & _MASK, totals[1] & _MASK, totals[2] & _MASK
+    # The kernel takes one type: bf16 moments are widened into a chunk of their own and rounded back.
+    outputs = [t if t.dtype == torch.float32 else torch.empty(t.shape, dtype=torch.float32) for t in targets]
+    for source, output in zip(sources, outputs, strict=True):
+        output.copy_(source)
+    torch._fused_adamw_(  # the kernel behind torch.optim.AdamW(fused=True)
+        [outputs[0]],
+        [gradient],
+        [outputs[1]],
+        [outputs[2]],
+        [],
+        [torch.tensor(float(change.step))],
+        lr=change.lr,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        weight_decay=settings.weight_decay if decay else 0.0,
+        eps=settings.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    for target, output in zip(targets, outputs, strict=True):
+        if target is not output:
+            target.copy_(output)
 
 
-def _chunks(pieces: tuple[Piece, ...]) -> list[Piece]:
-    """The pieces cut to CHUNK."""
+def _chunks(piece: Piece) -> list[Piece]:
+    """The piece cut to CHUNK."""
     return [
         Piece(start, min(start + CHUNK, piece.stop), piece.moment + start - piece.start, piece.decay)
-        for piece in pieces
         for start in range(piece.start, piece.stop, CHUNK)
     ]

@@ -98,6 +98,15 @@ class Replayer:
         vote = None if self.engine.spec.mesh else self._from_spare(held, suspect, role, votes)
         return [] if vote is None else [vote]
 
+    def deviates(self, held: Held) -> bool:
+        """Whether this rank, computing its part again from what it received, now sends other rows than it did."""
+        rank = self.group.rank
+        self.roles.hand_over(held.state, held.replica, rank, rank)
+        with self.roles.acting(held.state, rank) as engine:
+            found = engine.compute(held.step, rank, 0, self._scratch_buffer())
+        self.roles.close()
+        return bool(found.deviation)
+
     def _with_original(self, held: Held, suspect: int) -> Held:
         """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh."""
         if suspect != self.group.rank or held.original:

@@ -1,10 +1,13 @@
 """Where the parts of one rank's shard lie in its slot: experts and moments are divided, the other parameters whole."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
 from agent.training.layout import ALIGN, Piece, Region, State, StateLayout, arranged, digest_of, is_expert, readable
 from agent.training.spec import Mesh
+from diagnostics.sensors.digest import digest
 
 
 class ShardLayout(StateLayout):
@@ -29,10 +32,9 @@ class ShardLayout(StateLayout):
         experts, end = arranged([n for n in named if is_expert(n[0])], self.dense)
         self.expert = _padded(end - self.dense, mesh.replicas)
         self.spans, self.flat = dense + experts, self.dense + self.expert
-        decayed = next((s.start for s in dense if not s.decay), self.dense)
-        self.dense_slice = _slice(0, self.dense, rank, mesh.dp)
-        self.expert_slice = _slice(self.dense, self.expert, rank // mesh.ep, mesh.replicas)
-        self._divide(model, moments, self._pieces(decayed), self.flat_share)
+        self._decayed = next((s.start for s in dense if not s.decay), self.dense)
+        self.dense_slice, self.expert_slice = self._slices(rank)
+        self._divide(model, moments, self.pieces_of(rank), self.flat_share)
         self.regions = (Region(0, self.dense, 0), *self._own(rank, 0), Region(self.tail, self.words, self._tail_place))
         #: Words of the rank's experts and moments: what its neighbour keeps a replica of.
         self.unique = slice(self.dense, self.tail)
@@ -45,9 +47,24 @@ class ShardLayout(StateLayout):
         """Elements that this rank optimises: a dp-th of all."""
         return self.dense // self.mesh.dp + self.expert // self.mesh.replicas
 
-    def common(self, state: State) -> int:
-        """Digest of what every rank holds alike."""
-        return digest_of(state.words, (self.regions[0], self.regions[-1]))
+    def dense_digest(self, state: State) -> int:
+        """Digest of the parameters that every rank holds alike."""
+        return digest_of(state.words, self.regions[:1])
+
+    def tail_digest(self, state: State) -> int:
+        """Digest of router biases and meta, which every rank holds alike."""
+        return digest_of(state.words, self.regions[-1:])
+
+    def dense_slices(self, state: State) -> list[int]:
+        """Digests of what each rank optimises of the dense parameters."""
+        size = self.dense // self.mesh.dp
+        return [digest(state.words[i * size : (i + 1) * size], i * size) for i in range(self.mesh.dp)]
+
+    def expert_slices(self, state: State) -> list[int]:
+        """Digests of what each rank that holds these experts optimises of them."""
+        size = self.expert // self.mesh.replicas
+        starts = (self.dense + i * size for i in range(self.mesh.replicas))
+        return [digest(state.words[start : start + size], self.place(start)) for start in starts]
 
     def own_experts(self, state: State) -> int:
         """Digest of the experts, which all ranks with the same hold alike."""
@@ -60,6 +77,12 @@ class ShardLayout(StateLayout):
     def digest_replica(self, state: State) -> int:
         """Digest of the replica: what the neighbour's `own_experts` and `own_moments` add up to, if it is one."""
         return digest_of(state.replica, self.replica_regions)
+
+    def replica_moments(self, state: State) -> tuple[Tensor, Tensor]:
+        """The neighbour's moments, each [region] in their type."""
+        borders = (self.expert, self.expert + self.region, self.expert + 2 * self.region)
+        first, second = (state.replica[a:b].view(self.moments) for a, b in pairwise(borders))
+        return first, second
 
     def replica_experts(self, state: State) -> Tensor:
         """The neighbour's experts, float32 [expert]."""
@@ -83,12 +106,22 @@ class ShardLayout(StateLayout):
             (f"exp_avg_sq.rank-{self.rank:04d}", self.word(2, 0), readable(state.exp_avg_sq)),
         ]
 
-    def _pieces(self, decayed: int) -> tuple[Piece, ...]:
-        begin, end = self.dense_slice.start, self.dense_slice.stop
-        border = min(max(decayed, begin), end)
-        dense = (Piece(begin, border, 0, True), Piece(border, end, border - begin, False))
-        expert = Piece(self.expert_slice.start, self.expert_slice.stop, end - begin, True)
-        return tuple(piece for piece in (*dense, expert) if piece.stop > piece.start)
+    def pieces_of(self, rank: int) -> tuple[Piece, ...]:
+        """What a rank optimises: of dense parameters, then of its experts."""
+        dense, expert = self._slices(rank)
+        border = min(max(self._decayed, dense.start), dense.stop)
+        pieces = (
+            Piece(dense.start, border, 0, True),
+            Piece(border, dense.stop, border - dense.start, False),
+            Piece(expert.start, expert.stop, dense.stop - dense.start, True),
+        )
+        return tuple(piece for piece in pieces if piece.stop > piece.start)
+
+    def _slices(self, rank: int) -> tuple[slice, slice]:
+        return (
+            _slice(0, self.dense, rank, self.mesh.dp),
+            _slice(self.dense, self.expert, rank // self.mesh.ep, self.mesh.replicas),
+        )
 
     def _own(self, rank: int, shift: int) -> tuple[Region, ...]:
         """Experts and moments of `rank`, which begin `shift` words from where they lie in a slot."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from agent.model.fp8 import Summary
 from agent.slots import SlotRecord
-from agent.training.engine import Computation
+from agent.training.computation import Computation
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,21 +15,25 @@ from agent.model.router import updated_bias
 from agent.slots import WAITING, SlotRecord, Slots
 from agent.training.checkpointing import Checkpoints, WholeCheckpoints, checkpoints
 from agent.training.collective import Group
+from agent.training.computation import Computation, with_sums
 from agent.training.doubt import Doubt
-from agent.training.engine import Computation, Engine, gradient_digest
+from agent.training.engine import Engine, gradient_digest
 from agent.training.evidence.leave import tidy
 from agent.training.fingerprint import described
 from agent.training.gate import Decision, Outcome, Row, decide
+from agent.training.handed import Unlike
 from agent.training.hearing import Hearing
 from agent.training.held import Held, Member
 from agent.training.optimizer import AdamW, clip_coefficient
 from agent.training.recovery import Recovery
+from agent.training.reduction import Reduction
 from agent.training.replay import Daemon, Replayer
 from agent.training.schedule import learning_rate
 from agent.training.seating import divided, seated
 from agent.training.steprecord import Times, step_record
 from agent.training.transaction import Commit, Transaction
 from diagnostics.health import Verdict
+from diagnostics.sensors.digest import chain
 from diagnostics.verify.votes import Ruling
 
 #: Times a step is computed in one generation before the job is stopped: a transient fault needs two.
@@ -75,7 +79,7 @@ class Trainer:
         self.strike = strike
         self.settings = AdamW()
         self.ep = seated(engine, group)
-        self.transaction = Transaction(slots, engine.layout)
+        self.transaction = Transaction(slots, engine.layout, alone=group.world == 1)
         self.storage = Storage(Path(self.spec.storage), seat.job)
         self.division, source = divided(engine, group, self.transaction)
         members = [Member(*parts) for parts in group.gather_objects((here.node, here.device, here.pid))]
@@ -149,24 +153,40 @@ class Trainer:
         sensed = time.monotonic()
         self._enter(step, "reduce")
         self.strike(step, "reduce")
-        self.division.reduce(self.engine.gradients)
-        outcome, rows = self._gate(step, attempt, computation)
+        key = self._key(step, attempt)
+        reduction = self.division.reduce(self.engine.gradients, key)
+        computation = with_sums(computation, reduction, self.engine.journal.made)
+        outcome, rows = self._gate(step, attempt, computation, reduction.copy)
         if outcome.decision is Decision.ROLL_BACK:
             self._roll_back(rows)
             return None
         self.checkpoints.settle(step - 1, rows)
-        if outcome.decision is Decision.COMMIT:
-            record = self._commit(step, outcome, rows)
-            times = Times(begun, sensed, time.monotonic())
-            attempts = self.executions.pop(step)
-            norm = outcome.norm / self.group.world
-            self.daemon.step(step_record(record, computation, norm, attempts, times))
-            self._capture(record)
-            return None
+        held = self._held(step, attempt, computation, original, reduction)
+        if outcome.decision is not Decision.COMMIT:
+            return held, outcome
+        try:
+            record = self._commit(step, outcome, rows, key)
+        except Unlike as unlike:
+            return replace(held, findings=unlike.findings), Outcome(Decision.REPLAY, str(unlike))
+        times = Times(begun, sensed, time.monotonic())
+        attempts = self.executions.pop(step)
+        norm = outcome.norm / self.group.world
+        if key is not None:
+            computation = replace(computation, checks=computation.checks + self.division.compared)
+        self.daemon.step(step_record(record, computation, norm, attempts, times))
+        self._capture(record)
+        return None
+
+    def _key(self, step: int, attempt: int) -> int | None:
+        """What the checks between ranks are drawn from, the same on all of them; None where there are none."""
+        return chain(self.spec.seed, step, attempt) if self.spec.sensors else None
+
+    def _held(self, step: int, attempt: int, computation: Computation, original: str, reduction: Reduction) -> Held:
+        """The attempt, should the gate hold it."""
         record = self.transaction.record
         replica = 0 if record.shard is None else record.shard.replica
         state = (self.transaction.state, replica, record.digest, record.own)
-        return Held(self.seat.generation, step, attempt, computation, original, *state), outcome
+        return Held(self.seat.generation, step, attempt, computation, original, *state, reduction)
 
     def _compute(self, step: int, attempt: int) -> tuple[Computation, str]:
         self._enter(step, "forward")
@@ -177,7 +197,9 @@ class Trainer:
         # The reduction overwrites these gradients, so an alarmed rank takes their digest now.
         return computation, gradient_digest(self.engine.gradients) if computation.alarm else ""
 
-    def _gate(self, step: int, attempt: int, computation: Computation | None) -> tuple[Outcome, list[Row]]:
+    def _gate(
+        self, step: int, attempt: int, computation: Computation | None, copy: int = 0
+    ) -> tuple[Outcome, list[Row]]:
         """One exchange; without a computation it only compares the digests of the last commit."""
         self._enter(step, "gate")
         self.strike(step, "gate")
@@ -197,11 +219,13 @@ class Trainer:
             clock=computation.clock if computation else 0,
             written=self.checkpoints.written,
             intact=self.own == record.own,
+            copy=copy,
+            astray=computation.astray if computation else 0,
         )
         rows = [Row.unpack(values) for values in self.group.gather(row.pack())]
         return decide(rows, self.ep), rows
 
-    def _commit(self, step: int, outcome: Outcome, rows: list[Row]) -> SlotRecord:
+    def _commit(self, step: int, outcome: Outcome, rows: list[Row], key: int | None) -> SlotRecord:
         self.checkpoints.wait_copied()
         self._enter(step, "commit")
         self.strike(step, "commit")
@@ -215,6 +239,7 @@ class Trainer:
                 coefficient=clip_coefficient(outcome.norm, self.settings.clip, self.group.world),
                 samples=self.group.world * self.engine.preset.micro_batch,
                 router_bias=self._bias(rows),
+                key=key,
             ),
             self.engine.link,
             self.division,

@@ -30,6 +30,7 @@ class Commit:
     coefficient: float
     samples: int
     router_bias: Tensor  # float32 [MoE layers, experts], after this step
+    key: int | None = None  # what its checks are drawn from; None: unchecked
 
 
 class Transaction:
@@ -39,9 +40,10 @@ class Transaction:
     marked invalid while it is being written.
     """
 
-    def __init__(self, slots: Slots, layout: StateLayout) -> None:
+    def __init__(self, slots: Slots, layout: StateLayout, alone: bool = False) -> None:
         self.slots = slots
         self.layout = layout
+        self._alone = alone
         self._states = (layout.view(slots.state(0)), layout.view(slots.state(1)))
 
     @property
@@ -72,7 +74,10 @@ class Transaction:
     def commit(
         self, gradients: Tensor, settings: AdamW, change: Commit, link: LinkOf, division: Division
     ) -> SlotRecord:
-        """Apply the summed `gradients` (scaled in place) and commit; returns the new record."""
+        """Apply the summed `gradients` (scaled in place) and commit; returns the new record.
+
+        What a division raises leaves the committed slot as it was.
+        """
         source = self.current
         target = 1 - source
         old, new = self._states[source], self._states[target]
@@ -84,7 +89,8 @@ class Transaction:
         new.meta[STEP] = change.step
         new.meta[SAMPLES] += change.samples
         new.meta[RNG] = change.step
-        applied = Pass(change.step, change.lr, change.coefficient, settings)
+        replica = 0 if before.shard is None else before.shard.replica
+        applied = Pass(change.step, change.lr, change.coefficient, settings, change.key, replica)
         state_digest, shard = division.advance(old, new, gradients, applied)
         chained = link(before.chain, change.step, state_digest)
         record = SlotRecord(change.generation, change.step, state_digest, chained, shard)
@@ -93,13 +99,15 @@ class Transaction:
         return record
 
     def own(self) -> int:
-        """Digest of this rank's words of the committed state: as they are now, where the state is divided.
+        """Digest of this rank's words of the committed state: as they are now, where nobody else updates them.
 
-        Nobody else updates what a rank of a mesh holds, so a bit that changed in its memory would spread to all alike.
-        Where each rank has the whole, the digests after the next update tell, and it is the committed one.
+        What one rank of a mesh holds, or the only rank of a job, no other can contradict: a bit that changed in its
+        memory would spread to all alike. Where several ranks have the whole, the digests after the next update tell,
+        and it is the committed one.
         """
         record = self.record
-        return record.digest if record.shard is None else self.layout.digest(self.state)
+        shared = record.shard is None and not self._alone
+        return record.digest if shared else self.layout.digest(self.state)
 
     def adopt(self, slot: int, record: SlotRecord) -> None:
         """Make `slot`, whose contents are complete, the committed one, and distrust the other."""

@@ -1,13 +1,19 @@
 """ZeRO-1 on a mesh: each rank optimises a dp-th of the state and keeps a replica of its neighbour's shard."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from agent.slots import ShardDigests
-from agent.training.collective import Group
+from agent.training.collective import Group, Subgroup
+from agent.training.crosscheck import CrossCheck
 from agent.training.division import squared
+from agent.training.handed import Told, Unlike, evidence, wrong_in
 from agent.training.layout import State
 from agent.training.optimizer import Pass, update
+from agent.training.reduction import UNCHECKED, Label, Reduction, judged
 from agent.training.shards import ShardLayout
+from diagnostics.sensors.collectives import Weights, checksums
 
 _MASK = (1 << 64) - 1
 
@@ -27,54 +33,105 @@ class Zero1:
         peers = [group.among(range(e, mesh.dp, mesh.ep)) for e in range(mesh.ep)]
         self._holders = peers[group.rank % mesh.ep]
         self._all = group.everybody()
+        self._cross = CrossCheck(layout, group) if mesh.dp > 1 else None
 
-    def reduce(self, gradients: Tensor) -> None:
+    def reduce(self, gradients: Tensor, key: int | None) -> Reduction:
         """Sum the rank's own slices in place; the other elements keep what this rank added."""
         layout = self._layout
-        self._all.reduce_scatter(gradients[: layout.dense], gradients[layout.dense_slice])
-        self._holders.reduce_scatter(gradients[layout.dense :], gradients[layout.expert_slice])
+        dense = _scattered(self._all, gradients[: layout.dense], gradients[layout.dense_slice], key, "dense")
+        experts = _scattered(self._holders, gradients[layout.dense :], gradients[layout.expert_slice], key, "experts")
+        return dense + experts
 
     def squared_norm(self, gradients: Tensor) -> float:
         """Of the rank's own slices: no element belongs to two ranks."""
         return squared(gradients[self._layout.dense_slice]) + squared(gradients[self._layout.expert_slice])
 
+    @property
+    def compared(self) -> int:
+        """Checks of each checked `advance`: what arrived of dense, experts and replica, and a block of the update."""
+        return 4 if self._mesh.dp > 1 else 0
+
     def advance(self, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, ShardDigests]:
-        """Update the slices, gather everybody's, pass the shard to the neighbour, and agree on the whole's digest."""
-        layout = self._layout
-        hashed = update(layout, old, new, gradients, change)
+        """Update the slices, gather everybody's, pass the shard to the neighbour, and agree on the whole's digest.
+
+        With the pass's `key`, what arrived is compared with what its owners wrote, and the neighbour repeats a block.
+        Raises Unlike, on every rank, if that shows a fault.
+        """
+        layout, cross = self._layout, self._cross
+        checked = change.key is not None and cross is not None
+        given = cross.hand(gradients, change.key) if cross is not None and change.key is not None else None
+        written = _written(layout, update(layout, old, new, gradients, change))
         with self._group.waiting():
             self._all.all_gather(new.parameters[: layout.dense], new.parameters[layout.dense_slice])
             self._holders.all_gather(new.parameters[layout.dense :], new.parameters[layout.expert_slice])
             self._replicate(new)
-        return self._agree(new, (hashed[1] + hashed[2]) & _MASK)
+        repeats = cross.repeat(old, new, given, change) if cross is not None and given is not None else True
+        told = self._told(new, written, checked, repeats)
+        rows = self._exchanged(told)
+        if checked and cross is not None and (wrong := wrong_in(rows, self._mesh)):
+            raise Unlike(evidence(wrong, rows, layout, new, self._group, cross, change))
+        return self._agreed(rows)
 
     def settle(self, state: State) -> tuple[int, ShardDigests]:
         """Pass the shard to the neighbour, and agree on the whole's digest."""
         self._replicate(state)
-        return self._agree(state, self._layout.own_moments(state))
+        moments = self._layout.own_moments(state)
+        return self._agreed(self._exchanged(self._told(state, (0, 0, moments), checked=False, repeats=True)))
 
     def _replicate(self, state: State) -> None:
         """Give the neighbour a replica of what no other rank has, and take one."""
         if self._mesh.dp > 1:
             self._group.shift(state.words[self._layout.unique], state.replica)
 
-    def _agree(self, state: State, moments: int) -> tuple[int, ShardDigests]:
+    def _told(self, state: State, written: tuple[int, int, int], checked: bool, repeats: bool) -> Told:
+        """What this rank says of its state. The replica is hashed for the check alone."""
+        layout = self._layout
+        return Told(
+            dense_written=written[0],
+            experts_written=written[1],
+            moments=written[2],
+            dense=layout.dense_digest(state),
+            experts=layout.own_experts(state),
+            tail=layout.tail_digest(state),
+            replica=layout.digest_replica(state) if checked else 0,
+            repeats=repeats,
+        )
+
+    def _exchanged(self, told: Told) -> list[Told]:
+        with self._group.waiting():
+            return [Told.unpack(row) for row in self._group.gather(told.pack())]
+
+    def _agreed(self, rows: Sequence[Told]) -> tuple[int, ShardDigests]:
         """Digest of the job's state, from those of all ranks' parts, and this rank's own.
 
         Ranks that hold other bits than the rest get another digest of the whole, which the next gate will see.
         """
-        layout = self._layout
-        common, experts = layout.common(state), layout.own_experts(state)
-        with self._group.waiting():
-            parts = self._group.gather([_signed(part) for part in (experts, moments)])
-        shards = [[part & _MASK for part in row] for row in parts]
-        first = {rank % self._mesh.ep: shards[rank][0] for rank in reversed(range(self._mesh.dp))}
-        first[layout.rank % self._mesh.ep] = experts
-        whole = common + sum(first.values()) + sum(row[1] for row in shards)
+        mine, mesh = rows[self._layout.rank], self._mesh
+        first = {rank % mesh.ep: rows[rank].experts for rank in reversed(range(mesh.dp))}
+        first[self._layout.rank % mesh.ep] = mine.experts
+        common = mine.dense + mine.tail
+        whole = common + sum(first.values()) + sum(row.moments for row in rows)
         # What the replica must hash to is the owner's word, not what arrived here.
-        replica = sum(shards[(layout.rank - 1) % self._mesh.dp]) & _MASK if self._mesh.dp > 1 else 0
-        return whole & _MASK, ShardDigests((common + experts + moments) & _MASK, replica)
+        before = rows[(self._layout.rank - 1) % mesh.dp]
+        replica = (before.experts + before.moments) & _MASK if mesh.dp > 1 else 0
+        return whole & _MASK, ShardDigests((common + mine.experts + mine.moments) & _MASK, replica)
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+def _written(layout: ShardLayout, hashed: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Digests of what this rank wrote: of the dense parameters, of its experts, and both moments together."""
+    sums = [0, 0, 0]
+    for piece, (parameters, first, second) in zip(layout.pieces, hashed, strict=True):
+        sums[piece.start >= layout.dense] += parameters
+        sums[2] += first + second
+    return sums[0] & _MASK, sums[1] & _MASK, sums[2] & _MASK
+
+
+def _scattered(ranks: Subgroup, whole: Tensor, own: Tensor, key: int | None, name: str) -> Reduction:
+    """Reduce-scatter; every rank tells each other the checksum of the part it gives it, and checks its own sum."""
+    if key is None or ranks.world == 1 or whole.numel() == 0:
+        ranks.reduce_scatter(whole, own)
+        return UNCHECKED
+    weights = Weights(key)
+    given = ranks.transpose(checksums(whole.chunk(ranks.world), weights))
+    ranks.reduce_scatter(whole, own)
+    return judged(given.unsqueeze(1), checksums([own], weights), Label("reduce_scatter", [name]))

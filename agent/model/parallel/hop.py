@@ -19,6 +19,10 @@ from agent.model.parallel.copies import Copies, copies, gathered
 from agent.model.parallel.transport import Transport
 from agent.model.parallel.wire import packed, unpacked
 
+#: How often each count of rows is sent. The one in the middle counts, so that one that changes on its way does not
+#: leave ranks waiting for rows that never come; whoever hashes exchanges sees the change.
+COPIES = 3
+
 
 class Tokens(NamedTuple):
     """Rows and what is still to be done for them. K = num_experts_per_tok."""
@@ -57,13 +61,14 @@ def dispatch(tokens: Tokens, transport: Transport, each: int, *, fp8: bool) -> t
     wanted = tokens.experts.div(each, rounding_mode="floor")  # -1 stays -1
     layout = copies(wanted, transport.world)
     ones = [1] * transport.world
-    told = torch.tensor(layout.sizes, dtype=torch.int64, device=tokens.rows.device)
-    receive: list[int] = transport.exchange(told, ones, ones).tolist()
+    told = torch.tensor(layout.sizes, dtype=torch.int64, device=tokens.rows.device).unsqueeze(1).repeat(1, COPIES)
+    receive: list[int] = transport.exchange(told, ones, ones).median(1).values.tolist()
     kept = wanted.index_select(0, layout.rows) == layout.places.unsqueeze(1)
     trip = Trip(transport, layout, kept, receive)
     rows, gates = _Dispatch.apply(tokens.rows, tokens.gates, trip, fp8)  # type: ignore[no-untyped-call]
     numbers = (tokens.experts % each).index_select(0, layout.rows).masked_fill(~kept, -1)
-    return Tokens(rows, gates, trip.out(numbers)), trip
+    # A number that changed on its way may be none of an expert: the step is lost, but the rank must come to its end.
+    return Tokens(rows, gates, trip.out(numbers).clamp(-1, each - 1)), trip
 
 
 def combine(partial: Tensor, trip: Trip, dtype: torch.dtype) -> Tensor:

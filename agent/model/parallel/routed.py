@@ -31,6 +31,7 @@ def routed_sum(
     for transport, each in _hops(parallel, config):
         tokens, trip = dispatch(tokens, transport, each, fp8=dtype == torch.float8_e4m3fn)
         trips.append(trip)
+    parallel.served(tokens.experts)
     y = own_sum(tokens, len(parallel.experts(config)), multiple, slices)
     for trip in reversed(trips):
         y = combine(y, trip, tokens.rows.dtype)

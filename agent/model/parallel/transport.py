@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,10 @@ class Echo:
         return rows
 
 
+def _nobody(_numbers: Tensor) -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class ExpertParallel:
     """The place of one rank in a group of ep = nodes * local ranks, which together hold every routed expert once.
@@ -62,6 +66,8 @@ class ExpertParallel:
     rank: int
     across: Transport  # the ranks of equal index on every node; its world is nodes
     within: Transport  # the ranks of this node; its world is local
+    # Told, in each layer, which of this rank's experts the rows that came are for: int64 [rows, K], -1: none.
+    served: Callable[[Tensor], None] = _nobody
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.ep:

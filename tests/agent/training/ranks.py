@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from garble import Garble
 
 SPEC = {
     "schema": "assay.job/1",
@@ -79,6 +81,7 @@ def _rank(
     drills: list[Any],
     flip: tuple[int, int, str] | None,
     byte: int,
+    garbles: Sequence[Garble],
 ) -> None:
     from agent.drills import Drill, Drills, Surroundings
     from agent.slots import Slots
@@ -105,8 +108,12 @@ def _rank(
     engine.surround = armed.surround
 
     flips = [flip]
+    for garble in garbles:
+        garble.install(rank)
 
     def strike(step: int, phase: str) -> None:
+        for garble in garbles:
+            garble.strike(step, phase)
         if (rank, step, phase) in flips:
             flips.clear()
             flip_state(path, byte)
@@ -119,6 +126,9 @@ def _rank(
         recorder._write({"report": "error", "error": f"{type(error).__name__}: {error}"})
         os._exit(4)  # an orderly exit destroys gloo's threads while they still wait for the lost peer, and may abort
     group.barrier()
+    for garble in garbles:
+        if garble.struck:
+            recorder._write({"report": "garbled", "what": garble.what, "step": garble.step, "times": garble.struck})
     recorder._write(
         {"report": "end", "step": record.step, "digest": f"{record.digest:016x}", "chain": f"{record.chain:016x}"}
     )
@@ -132,6 +142,7 @@ def train(
     drills: list[dict[str, Any]] | None = None,
     flip: tuple[int, int, str] | None = None,
     byte: int = 4096,
+    garbles: Sequence[Garble] = (),
     timeout: float = 120,
     **changes: Any,
 ) -> tuple[list[int | None], list[list[dict[str, Any]]]]:
@@ -143,7 +154,9 @@ def train(
         (folder / f"rank{rank}.jsonl").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [
-        context.Process(target=_rank, args=(str(folder), spec, generation, rank, endpoint, drills or [], flip, byte))
+        context.Process(
+            target=_rank, args=(str(folder), spec, generation, rank, endpoint, drills or [], flip, byte, garbles)
+        )
         for rank in range(spec["world"])
     ]
     for process in ranks:

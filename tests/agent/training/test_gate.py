@@ -42,6 +42,21 @@ def test_a_norm_that_is_not_finite_never_commits(bad: float) -> None:
     assert (outcome.decision, outcome.suspects) == (Decision.REPLAY, (0, 1))
 
 
+def test_copies_of_one_sum_that_differ_hold_the_step() -> None:
+    outcome = decide([row(copy=1), row(copy=2), row(copy=1)])
+    assert (outcome.decision, outcome.suspects) == (Decision.REPLAY, (0, 1, 2))
+    assert decide([row(copy=1), row(copy=1)]).decision is Decision.COMMIT
+
+
+def test_tokens_that_went_astray_hold_the_step_and_name_their_group() -> None:
+    """Rank 2 got three more, of hash 5, than ranks 2 and 3 sent."""
+    lost = [row(astray=9), row(astray=2**64 - 9), row(astray=7 + 5), row(astray=2**64 - 7)]
+    outcome = decide(lost, ep=2)
+    assert (outcome.decision, outcome.suspects, outcome.astray) == (Decision.REPLAY, (2, 3), True)
+    assert decide([*lost[:2], row(astray=7), lost[3]], ep=2).decision is Decision.COMMIT
+    assert not decide([row(alarm=True), *lost[1:]], ep=2).astray
+
+
 def test_disagreement_about_the_last_commit_comes_before_alarms() -> None:
     outcome = decide([row(digest=1), row(digest=2, alarm=True)])
     assert outcome.decision is Decision.ROLL_BACK
@@ -66,6 +81,8 @@ def test_rows_that_do_not_belong_together_are_refused(field: str) -> None:
         reading=st.floats(),
         squared_norm=st.floats(),
         digest=st.integers(0, 2**64 - 1),
+        copy=st.integers(0, 2**64 - 1),
+        astray=st.integers(0, 2**64 - 1),
         loss=st.floats(),
         counts=st.lists(st.integers(0, 2**31), max_size=5).map(tuple),
     )

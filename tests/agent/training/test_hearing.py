@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.training.computation import Computation
 from agent.training.gate import Decision, Outcome
 from agent.training.hearing import Hearing, unless_spread
 from agent.training.held import Held
@@ -21,8 +23,13 @@ def ruling(verdict: Verdict, rank: int, recurrent: bool = False) -> Ruling:
     return Ruling(verdict, blamed, blamed, recurrent=recurrent, needs=None, reason=f"of rank {rank}")
 
 
+QUIET = Computation(0.0, 9.0, True, (), 1, torch.zeros(0, 0, dtype=torch.int64), 0)
+
+
 class Court:
     """A replayer whose verdicts are known, and what was asked of it, in order."""
+
+    members: tuple[Any, ...] = ()
 
     def __init__(self, verdicts: dict[int, Verdict]) -> None:
         self.verdicts = verdicts
@@ -56,7 +63,7 @@ class Silent:
 def heard(verdicts: dict[int, Verdict]) -> tuple[Court, list[Judged]]:
     court = Court(verdicts)
     hearing = Hearing(court, Chorus(), Silent())  # type: ignore[arg-type]
-    held = Held(1, 5, 1, None, "", None)  # type: ignore[arg-type]
+    held = Held(1, 5, 1, QUIET, "digest", None)  # type: ignore[arg-type]
     _, found = hearing.hear(held, Outcome(Decision.REPLAY, "sensor alarm", suspects=tuple(verdicts)))
     return court, found
 

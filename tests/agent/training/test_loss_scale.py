@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from agent.training.engine import Computation, Engine
+from agent.training.computation import Computation
+from agent.training.engine import Engine
 from agent.training.spec import JobSpec
 
 

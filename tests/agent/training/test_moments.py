@@ -48,7 +48,7 @@ def gradients(layout: StateLayout, step: int) -> torch.Tensor:
 
 def apply(layout: StateLayout, old: State, new: State, step: int) -> int:
     totals = update(layout, old, new, gradients(layout, step), Pass(step, 1e-3, 1.0, SETTINGS))
-    return sum(totals) & (2**64 - 1)
+    return sum(map(sum, totals)) & (2**64 - 1)
 
 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])

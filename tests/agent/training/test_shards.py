@@ -106,7 +106,7 @@ def test_digests_of_the_parts_add_up_to_that_of_the_whole(
             state.replica.copy_(states[before].words[ranks[before].unique])
             kept = ranks[before].own_experts(states[before]) + ranks[before].own_moments(states[before])
             assert layout.digest_replica(state) == kept & MASK
-    summed = ranks[0].common(states[0])
+    summed = ranks[0].dense_digest(states[0]) + ranks[0].tail_digest(states[0])
     summed += sum(ranks[e].own_experts(states[e]) for e in range(ep))
     summed += sum(layout.own_moments(state) for layout, state in zip(ranks, states, strict=True))
     assert summed & MASK == digest(whole)

@@ -1,5 +1,7 @@
 """One hop without peers: what is sent is masked, and the gradients are those of indexing."""
 
+from collections.abc import Sequence
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,3 +56,24 @@ def test_a_hop_is_indexing(count: int, world: int, each: int, data: st.DataObjec
     linear = torch.autograd.grad((dispatch(given, Echo(world), each, fp8=False)[0].gates * weights).sum(), given.gates)
     expected = torch.autograd.grad((by_indexing(given, world, each)[1] * weights).sum(), given.gates)
     torch.testing.assert_close(linear, expected)  # a gate that was masked on its way gets no gradient from there
+
+
+class Garbling(Echo):
+    """Changes what arrives in the exchanges of int64, counts first, then numbers of experts."""
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        arrived = super().exchange(rows, send, receive).clone()
+        if arrived.dtype == torch.int64:
+            arrived.view(-1)[1] ^= 1 << 40
+        return arrived
+
+
+def test_a_count_that_changes_on_its_way_is_outvoted_and_a_number_stays_one_of_an_expert() -> None:
+    """Whoever hashes the exchanges holds the step: until then no rank waits for rows that do not come, or falls."""
+    given = tokens(9, 2, 3, 4, 1)
+    clean, _ = dispatch(given, Echo(2), 3, fp8=False)
+    found, trip = dispatch(given, Garbling(2), 3, fp8=False)
+    assert trip.receive == trip.layout.sizes
+    assert torch.equal(found.rows, clean.rows)
+    assert not torch.equal(found.experts, clean.experts)
+    assert -1 <= int(found.experts.min()) <= int(found.experts.max()) < 3

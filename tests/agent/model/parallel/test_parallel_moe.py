@@ -149,7 +149,7 @@ def test_what_travels(kind: str) -> None:
     hidden, top = (CONFIG.hidden_size,), (CONFIG.num_experts_per_tok,)
     flat = torch.float32 if kind == "fp32" else torch.bfloat16
     sent = (torch.uint8, (CONFIG.hidden_size + 4 * 2,)) if kind == "fp8" else (flat, hidden)
-    out = [(torch.int64, ()), sent, (torch.float32, top), (torch.int64, top)]
+    out = [(torch.int64, (3,)), sent, (torch.float32, top), (torch.int64, top)]
     forward = [(hop, *call) for hop in ("across", "within") for call in out]
     forward += [("within", flat, hidden), ("across", flat, hidden)]
     backward = [("across", flat, hidden), ("within", flat, hidden)]

@@ -1,0 +1,100 @@
+"""Faults between ranks, by coordinates (rank, step, which call): what a collective or the optimizer gave is changed.
+
+They sit below every check, in the operation's own result, and strike once, in the first attempt of their step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agent.model.parallel import routed
+from agent.model.parallel.process_group import ProcessGroup
+from agent.training.collective import Group, Subgroup
+
+
+@dataclass
+class Garble:
+    """`what` is the operation, `call` which of them in the step, `element` and `bit` what is flipped.
+
+    What is changed is the result, or with `before` what is given to it. With `how` "lose" the element's row is zero
+    instead, with "swap" it is exchanged with the row before it, with "off" one is added to the element; of the choice
+    of experts given to a dispatch, "other" takes the expert beside one, "none" loses it. With `often` it strikes in
+    each attempt.
+    """
+
+    what: str
+    rank: int
+    step: int
+    call: int = 0
+    element: int = 5
+    bit: int = 30
+    how: str = "flip"
+    often: bool = False
+    before: bool = False
+
+    def __post_init__(self) -> None:
+        self._made = 0
+        self._now = (0, "")
+        self.struck = 0
+
+    def strike(self, step: int, phase: str) -> None:
+        """A phase of a step begins: calls are counted anew from each forward."""
+        self._now = (step, phase)
+        if phase == "forward":
+            self._made = 0
+
+    def install(self, rank: int) -> None:
+        """Let the operation of this process fail, if it is the fault's rank."""
+        if rank != self.rank:
+            return
+        owner, name, result = OPERATIONS[self.what]
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            due = self._due()
+            if due and self.what == "dispatch":  # the router's backward reads its own choice again
+                args = (args[0]._replace(experts=args[0].experts.clone()), *args[1:])
+            if due and self.before:
+                self._change(result(None, args))
+            out = original(*args, **kwargs)
+            if due and not self.before:
+                self._change(result(out, args))
+            return out
+
+        setattr(owner, name, failing)
+
+    def _due(self) -> bool:
+        if self._now[0] != self.step or (self.struck and not self.often):
+            return False
+        self._made += 1
+        return self._made == self.call + 1
+
+    def _change(self, tensor: Tensor) -> None:
+        if self.how == "lose":
+            tensor[self.element] = 0
+        elif self.how == "swap":
+            tensor[[self.element, self.element - 1]] = tensor[[self.element - 1, self.element]]
+        elif self.how == "other":
+            tensor.view(-1)[self.element] ^= 1
+        elif self.how == "none":
+            tensor.view(-1)[self.element] = -1
+        elif self.how == "off":
+            tensor.view(-1)[self.element] += 1
+        else:
+            tensor.view(-1).view(torch.int32)[self.element] ^= 1 << self.bit
+        self.struck += 1
+
+
+#: Where each operation is, and which tensor it gave.
+OPERATIONS: dict[str, tuple[Any, str, Callable[[Any, tuple[Any, ...]], Tensor]]] = {
+    "exchange": (ProcessGroup, "exchange", lambda out, args: out),
+    "reduce": (Group, "reduce", lambda out, args: args[1]),
+    "reduce_scatter": (Subgroup, "reduce_scatter", lambda out, args: args[2]),
+    "all_gather": (Subgroup, "all_gather", lambda out, args: args[1]),
+    "shift": (Group, "shift", lambda out, args: args[2]),
+    "dispatch": (routed, "dispatch", lambda out, args: args[0].experts),
+    "adamw": (torch, "_fused_adamw_", lambda out, args: args[0][0]),
+}

@@ -1,0 +1,163 @@
+"""Faults between ranks: nothing that was summed, exchanged or updated wrongly is committed, and they leave no trace."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from garble import Garble
+from ranks import SPEC, train
+
+from agent.model import PRESETS, V3
+from agent.model.parallel import Echo, ExpertParallel
+from agent.training.optimizer import CHUNK
+from agent.training.shards import ShardLayout
+from agent.training.spec import Mesh
+from diagnostics.sensors.digest import chain
+from diagnostics.sensors.optimizer import drawn
+
+Reports = list[list[dict[str, Any]]]
+WHOLE = {"world": 3, "steps": 4, "checkpoint_every": 4}
+MESH = {"world": 4, "steps": 13, "checkpoint_every": 13, "mesh": {"dp": 4, "ep": 2}}
+PAIR = {"world": 2, "steps": 2, "checkpoint_every": 2, "sensors": False}
+BARE: dict[str, dict[str, Any]] = {"whole": {}, "mesh": {"mesh": {"dp": 2, "ep": 2}}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("between")
+
+
+def end(reports: Reports) -> str:
+    ends = {(r[-1]["digest"], r[-1]["chain"]) for r in reports if r[-1]["report"] == "end"}
+    assert len(ends) == 1, reports
+    return "/".join(ends.pop())
+
+
+def kinds(reports: Reports, kind: str) -> list[dict[str, Any]]:
+    return [entry for rank in reports for entry in rank if entry["report"] == kind]
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> str:
+    """Undisturbed, and without sensors, which change no bit."""
+    codes, reports = train(home / "whole", **WHOLE, sensors=False)
+    assert codes == [0, 0, 0]
+    return end(reports)
+
+
+@pytest.fixture(scope="module")
+def mesh(home: Path) -> str:
+    codes, reports = train(home / "mesh", timeout=400, **MESH, sensors=False)
+    assert codes == [0, 0, 0, 0]
+    return end(reports)
+
+
+def test_wrong_sums_are_held_and_leave_no_trace(home: Path, whole: str) -> None:
+    """A copy of the sum changes, above and below what its checksum sees; a part changes before it is summed."""
+    garbles = [Garble("reduce", 1, 2), Garble("reduce", 2, 3, bit=2), Garble("reduce", 0, 4, before=True)]
+    codes, reports = train(home / "sums", garbles=garbles, **WHOLE)
+    assert (codes, end(reports)) == ([0, 0, 0], whole)
+    assert len(kinds(reports, "garbled")) == 3
+    rulings = sorted(kinds(reports, "replay_result"), key=lambda ruling: ruling["step"])
+    assert [(r["step"], r["verdict"], r["blamed_node"]) for r in rulings] == [
+        (2, "CORRUPT", "n1"),
+        (3, "CORRUPT", "n2"),
+        (4, "UNDECIDED", ""),
+    ]
+    assert "no rank holds the sum" in rulings[2]["reason"]
+    alarms = {alarm["step"]: alarm["alarms"] for alarm in kinds(reports, "gate_alarm")}
+    assert [alarm["sensor"] for alarm in alarms[2]] == ["reduction"]
+    assert alarms[2][0]["module"] == "bucket 0"
+    assert {e["attempts"] for e in kinds(reports, "step") if e["step"] > 1} == {2}
+    assert not kinds(reports, "digest_disagreement")
+
+
+def in_the_drawn_block(step: int, rank: int) -> Garble:
+    """One bit of one parameter, as the optimizer makes it, where the step's block lies."""
+    layout = ShardLayout(
+        V3(PRESETS["tiny"].config, parallel=ExpertParallel(rank % 2, Echo(2), Echo(1))), Mesh(4, 2), rank
+    )
+    sizes = [piece.stop - piece.start for piece in layout.pieces]
+    block = drawn(chain(SPEC["seed"], step, 1), rank, sizes)
+    before = sum(-(-size // CHUNK) for size in sizes[: block.piece])
+    call, element = before + block.start // CHUNK, block.start % CHUNK + 77
+    return Garble("adamw", rank, step, call=call, element=element, bit=3)
+
+
+def test_what_holds_a_step_on_a_mesh(home: Path, mesh: str) -> None:
+    """A slice of the sum; a gradient's row on its way, by one bit of its mantissa; a token lost; one misdirected; a
+    copy of the parameters; a replica; a gradient lent for the repetition; an element of an owner's update; a count of
+    rows; a number that is none of an expert; a token that its own rank sends to another expert, and one to none."""
+    garbles = [
+        Garble("reduce_scatter", 2, 2),
+        Garble("exchange", 3, 3, call=14, bit=1),
+        Garble("exchange", 1, 4, call=1, how="lose"),
+        Garble("exchange", 0, 5, call=3, how="off"),
+        Garble("all_gather", 2, 6),
+        Garble("exchange", 2, 10, call=0, how="off", element=1),
+        Garble("exchange", 2, 11, call=3, element=6),
+        Garble("dispatch", 1, 12, how="other", before=True),
+        Garble("dispatch", 3, 13, call=2, how="none", before=True),
+        Garble("shift", 1, 7, call=1),
+        Garble("shift", 0, 8),
+        in_the_drawn_block(9, 3),
+    ]
+    codes, reports = train(home / "held", garbles=garbles, timeout=400, **MESH)
+    assert (codes, end(reports)) == ([0, 0, 0, 0], mesh)
+    assert len(kinds(reports, "garbled")) == 12
+    rulings = sorted(kinds(reports, "replay_result"), key=lambda ruling: ruling["step"])
+    assert [(r["step"], r["rank"]) for r in rulings] == [
+        (2, 2),
+        (3, 3),
+        (4, 1),
+        (5, 0),
+        (6, 2),
+        (7, 1),
+        (8, 0),
+        (9, 3),
+        (10, 2),
+        (11, 2),
+        (12, 1),
+        (13, 3),
+    ]
+    assert all(r["verdict"] in ("UNDECIDED", "CORRUPT") for r in rulings)
+    assert "what n2 holds is not the sum" in rulings[0]["reason"]
+    assert all("a piece changed on its way" in ruling["reason"] for ruling in (*rulings[1:4], *rulings[8:10]))
+    assert [(r["verdict"], r["blamed_node"]) for r in rulings[4:8]] == [
+        ("CORRUPT", "n2"),
+        ("UNDECIDED", ""),
+        ("UNDECIDED", ""),
+        ("CORRUPT", "n3"),
+    ]
+    assert "3 of 4" in rulings[7]["reason"] or "4 of 4" in rulings[7]["reason"]
+    assert [(r["verdict"], r["blamed_node"]) for r in rulings[10:]] == [("CORRUPT", "n1"), ("CORRUPT", "n3")]
+    assert "tokens went astray" in rulings[10]["reason"]
+    assert not kinds(reports, "digest_disagreement")
+    alarms = {alarm["step"]: alarm["alarms"][0] for alarm in kinds(reports, "gate_alarm") if alarm["alarms"]}
+    assert [alarms[step]["sensor"] for step in (2, 3, 4, 5)] == ["reduction", "exchange", "exchange", "exchange"]
+    assert alarms[4]["module"] == "exchange 1"
+    assert alarms[4]["location"] in ("from rank 0 to rank 1", "from rank 1 to rank 1")
+
+
+@pytest.fixture(scope="module")
+def bare(home: Path) -> dict[str, str]:
+    """Two steps without sensors, of whole copies and of two ranks on a mesh."""
+    return {kind: end(train(home / f"bare-{kind}", **PAIR, **changes)[1]) for kind, changes in BARE.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "garble"),
+    [
+        ("whole", Garble("reduce", 1, 2, before=True)),
+        ("mesh", Garble("reduce_scatter", 1, 2)),
+        ("mesh", Garble("exchange", 1, 2, call=1, how="lose")),
+        ("mesh", Garble("adamw", 0, 2, bit=3)),
+        ("mesh", Garble("dispatch", 0, 2, how="other", before=True)),
+    ],
+)
+def test_without_the_checks_they_are_committed(home: Path, bare: dict[str, str], kind: str, garble: Garble) -> None:
+    """The negative control."""
+    _, reports = train(home / f"unchecked-{kind}-{garble.what}", garbles=[garble], **PAIR, **BARE[kind])
+    assert kinds(reports, "garbled")
+    assert not kinds(reports, "digest_disagreement")
+    assert end(reports) != bare[kind]
