@@ -219,13 +219,15 @@ def test_an_echo_warms_up_any_rank(place: ExpertParallel, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
 def test_the_sensors_see_every_product(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moe = layer(CONFIG, DTYPES[kind], ExpertParallel(2, Echo(2), Echo(2)))
-    guard = Guard(moe)
+    guard = Guard(moe, again=0)
     named, append = [], guard.log.append
     monkeypatch.setattr(guard.log, "append", lambda site, found: (named.append(site.module), append(site, found)))
     with guard.step(1) as sense:
         work(moe, rows(64, CONFIG, DTYPES[kind], 0), 0)
     # The router, the shared expert's three linears and those of four experts, each in three passes.
-    assert sense.checks == 3 * (1 + 3 + 4 * 3)
+    products = [row for row in guard.coverage() if row.operation in ("mm", "fp8")]
+    assert sum(row.calls for row in products) == 3 * (1 + 3 + 4 * 3)
+    assert all(row.checked == 1 for row in products)
     assert sense.clean
     assert not sense.skipped
     assert {f"experts.{n}.{op}" for n in range(8, 12) for op in ("gate", "up", "down")} < set(named)
