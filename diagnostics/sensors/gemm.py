@@ -132,13 +132,17 @@ def _added(call: Call, bench: Bench) -> Iterable[Checked]:
     yield _checked(call.out, left, right, bench, alpha, plus)
 
 
-def _before_added(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> Addend | None:
+def _before_in_place(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> Addend | None:
     """D is written over by the product: it is measured before."""
     added, right = args[0], args[2]
-    out, (beta, _) = kwargs.get("out", added), _factors(kwargs)
-    if beta == 0 or out.data_ptr() != added.data_ptr():
-        return None
-    return Addend.of(added, beta, right.shape[-1], bench.signs, _rounded(added))
+    beta, _ = _factors(kwargs)
+    return Addend.of(added, beta, right.shape[-1], bench.signs, _rounded(added)) if beta != 0 else None
+
+
+def _before_out(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> Addend | None:
+    """The same where the result is to be written to D's memory."""
+    out: Tensor | None = kwargs.get("out")
+    return _before_in_place(args, kwargs, bench) if out is not None and out.data_ptr() == args[0].data_ptr() else None
 
 
 def _checked(
@@ -167,6 +171,9 @@ CHECKS: dict[OpOverloadPacket, Check] = {
     aten.baddbmm: _added,
     aten.baddbmm_: _added,
 }
-BEFORE: dict[OpOverloadPacket, Before] = dict.fromkeys(
-    (aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_), _before_added
-)
+BEFORE: dict[OpOverloadPacket, Before] = {
+    aten.addmm: _before_out,
+    aten.baddbmm: _before_out,
+    aten.addmm_: _before_in_place,
+    aten.baddbmm_: _before_in_place,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from diagnostics.sensors.gemm import row_readings
 from diagnostics.sensors.kinds import is_in_place
 from diagnostics.sensors.operand import Operand, Operands
 from diagnostics.sensors.operation import Call, Checked, Unsupported
-from diagnostics.sensors.places import Place, Places
+from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
 from diagnostics.sensors.registry import Plan, plan_of
@@ -69,24 +70,23 @@ class Inspection:
         share = self._again if plan.again else 1.0
         if plan.check is None or not self._sampler.draws(self._key, self._calls, share):
             out = func(*args, **kwargs)
-            self._pass_by(plan, args, out)
+            self._tried(plan.name, lambda: self._pass_by(plan, args, out))
             return out
         begin = time.perf_counter()
-        before = None
-        if plan.before is not None:
-            with quiet():
-                before = plan.before(args, kwargs, self)
+        before = self._tried(plan.name, lambda: self._before(plan, args, kwargs))
         ran = time.perf_counter()
         out = func(*args, **kwargs)
         looked = time.perf_counter()
-        self._look(plan, Call(func, args, kwargs, out, before))
+        self._tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self.seconds += time.perf_counter() - looked + ran - begin
         return out
 
     def announced(self, product: Announced, out: Tensor) -> None:
         """Check one product that was announced, in whichever pass, against the operands that its kernel saw."""
-        if not out.numel():
-            return
+        if out.numel():
+            self._tried(product.operation, lambda: self._look_announced(product, out))
+
+    def _look_announced(self, product: Announced, out: Tensor) -> None:
         place = Place(self._places.named(product.weight), product.pass_)
         self._calls += 1
         if not self._sampler.draws(self._key, self._calls):
@@ -97,10 +97,12 @@ class Inspection:
             self._judge(place, product.operation, lambda: self._announced(product, out))
         self.seconds += time.perf_counter() - begin
 
-    def draws_saved(self) -> bool:
+    def draws_saved(self, tensor: Tensor) -> bool:
         """See `saved.Watcher`."""
         self._calls += 1
-        return not self._over and self._sampler.draws(self._key, self._calls, self._again)
+        if self._over or tensor.data_ptr() in self._places.buffers:
+            return False
+        return self._sampler.draws(self._key, self._calls, self._again)
 
     def compared(self, tensor: Tensor, equal: bool) -> None:
         """See `saved.Watcher`."""
@@ -126,10 +128,29 @@ class Inspection:
         """See `operation.Bench`."""
         return self._operands.of(value)
 
+    def _tried(self, operation: str, work: Callable[[], Any]) -> Any:
+        """A sensor's own fault, whatever it is, must not stop the training: it is counted, and its call not covered."""
+        try:
+            return work()
+        except Exception as broken:  # noqa: BLE001 - see above
+            self.failures += 1
+            reason = f"the check itself failed: {type(broken).__name__}: {broken}"
+            self._skip(Place(UNNAMED, FPROP), operation, reason)
+
+    def _before(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if plan.before is None:
+            return None
+        with quiet():
+            return plan.before(args, kwargs, self)
+
     def _look(self, plan: Plan, call: Call) -> None:
         place = self._place(plan, call.args)
         if plan.copies:
             self._places.copied(call.args[0], call.out)
+        layout = getattr(call.out, "layout", torch.strided)
+        if layout is not torch.strided:
+            self._skip(place, plan.name, f"a result of layout {layout}")
+            return
         check = plan.check
         assert check is not None
         with quiet():
@@ -144,13 +165,10 @@ class Inspection:
                 self._keep(place, operation, one)
         except (Unsupported, UnknownTolerance) as reason:
             if instead is not None and self._may_run_again(instead):
-                self._judge(place, operation, lambda: recompute.check(instead, self))
+                plain = replace(instead, before=None)  # what was kept was kept for the identity
+                self._judge(place, operation, lambda: recompute.check(plain, self))
             else:
                 self._skip(place, operation, str(reason))
-            return
-        except Exception as broken:  # noqa: BLE001 - whatever it is, a sensor's own fault must not stop the training
-            self.failures += 1
-            self._skip(place, operation, f"the check itself failed: {type(broken).__name__}: {broken}")
             return
         self._coverage.count(place.module, operation, place.pass_, True)
 

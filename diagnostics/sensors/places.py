@@ -43,6 +43,7 @@ class Places:
         self._modules = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
         self._starts: list[int] = []
         self._weights: list[tuple[int, str]] = []
+        self.buffers: set[int] = set()  # addresses of the model's buffers
         self._casts: dict[int, tuple[StorageWeakRef, str]] = {}
         self._stack: list[str] = []
         self._forwards: dict[int, _Forward] = {}
@@ -55,8 +56,9 @@ class Places:
         spans = sorted(
             (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name.removesuffix(".weight"))
             for name, p in self._model.named_parameters()
-            if p.numel()
+            if p.numel() and p.layout is torch.strided
         )
+        self.buffers = {b.data_ptr() for b in self._model.buffers() if b.layout is torch.strided}
         self._starts = [start for start, _, _ in spans]
         self._weights = [(stop, name) for _, stop, name in spans]
         if follow:
@@ -83,6 +85,8 @@ class Places:
 
     def weight(self, value: Tensor) -> str | None:
         """The module of the parameter that `value` is, shows or was cast from."""
+        if value.layout is not torch.strided:
+            return None
         address = value.data_ptr()
         at = bisect_right(self._starts, address) - 1
         if at >= 0 and address < self._weights[at][0]:

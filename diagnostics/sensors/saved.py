@@ -5,8 +5,8 @@ of `multilinear`: any flip of any number of bits of one word shows.
 
 Sees: memory that changed meanwhile, which the check of a product cannot see, since both of its sides share the operand.
 Does not see: a value that was wrong when it was kept (its own operator's check does); what checkpointing drops and
-makes again. Cost: one hash when a tensor is first kept, one whenever it is used. On GPUs, where this has not run, each
-hash waits for the device.
+makes again; the model's buffers, which a normalisation saves and then updates. Cost: one hash when a tensor is first
+kept, one whenever it is used. On GPUs, where this has not run, each hash waits for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import time
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diagnostics.sensors.digest import digest
@@ -33,8 +34,8 @@ class Kept(NamedTuple):
 class Watcher(Protocol):
     """Who draws which tensors are hashed, and hears of each comparison."""
 
-    def draws_saved(self) -> bool:
-        """Whether the next tensor is hashed."""
+    def draws_saved(self, tensor: Tensor) -> bool:
+        """Whether this tensor is hashed."""
 
     def compared(self, tensor: Tensor, equal: bool) -> None:
         """A tensor that is about to be used is what was kept, or not."""
@@ -52,7 +53,8 @@ class Saved:
 
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """Keep a tensor, with its hash if it is drawn. Several operators keep one tensor: it is hashed once."""
-        if not tensor.numel() or tensor.is_sparse or tensor.is_quantized or not self._watcher.draws_saved():
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+        if not plain or not tensor.numel() or not self._watcher.draws_saved(tensor):
             return tensor
         begin = time.perf_counter()
         with quiet():
