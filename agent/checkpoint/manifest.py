@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-SCHEMA = "assay.checkpoint/1"
+SCHEMA = "assay.checkpoint/2"
 NAME = "manifest.json"
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from diagnostics.sensors.multilinear import (
     BLOCK_WORDS,
     MASK,
     WORD_BYTES,
-    block_multiplier,
+    Unsigned,
+    block_multipliers,
     chain,
     digest_bytes,
     digest_words,
@@ -16,7 +18,10 @@ from diagnostics.sensors.multilinear import (
     weight_table,
 )
 
-__all__ = ["chain", "digest", "digest_bytes", "hexdigest", "words_of"]
+__all__ = ["chain", "digest", "digest_bytes", "digest_on_device", "hexdigest", "words_of"]
+
+#: Words that are widened to 64 bits at a time where no kernel does it: 64 MiB of products.
+_WORDS_AT_ONCE = 2048 * BLOCK_WORDS
 
 
 def words_of(t: torch.Tensor) -> int:
@@ -31,33 +36,46 @@ def digest(t: torch.Tensor, start: int = 0) -> int:
     digest(whole) == (digest(first) + digest(rest, s)) mod 2^64. A tensor whose bytes are not a multiple of 4 is
     padded with zeros; shape and dtype are not hashed (a manifest holds them). See `multilinear` for the formula.
     """
-    flat = t.detach().contiguous().reshape(-1).view(torch.uint8)
+    if t.device.type != "cpu":
+        return int(digest_on_device(t, start).item()) & MASK
+    flat = _flat(t)
     whole = flat.numel() // WORD_BYTES * WORD_BYTES
-    if flat.device.type != "cpu":
-        return _digest_on_device(flat, start)
-    if whole and flat.data_ptr() % WORD_BYTES:
-        flat = flat.clone()  # a byte view may start anywhere; words need 4-byte alignment
-    total = digest_words(flat[:whole].view(torch.int32).numpy(), start) if whole else 0
+    total = digest_words(flat[:whole].numpy().view(np.uint32), start)
     if whole < flat.numel():
         total += digest_bytes(flat[whole:].numpy().tobytes(), start + whole // WORD_BYTES)
     return total & MASK
 
 
-def _digest_on_device(flat: torch.Tensor, start: int) -> int:
-    """The same sum where the tensor lies; one host read at the end. flat: uint8 [n]."""
-    pad = -flat.numel() % WORD_BYTES
-    words = torch.nn.functional.pad(flat, (0, pad)).view(torch.int32)
-    table = torch.from_numpy(weight_table().copy()).to(flat.device)
-    sums: list[torch.Tensor] = []
-    blocks: list[int] = []
-    done = 0
+def digest_on_device(t: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """The same number as int64 [] where the tensor lies (its bits are those of `digest`), without waiting for it.
+
+    So two tensors, or one at two times, are compared without the host: `digest_on_device(a) == digest_on_device(b)`.
+    """
+    if start < 0:
+        raise ValueError(f"start is {start}, must be a word index >= 0")
+    flat = _flat(t)
+    if not flat.numel():
+        return torch.zeros((), dtype=torch.int64, device=t.device)
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % WORD_BYTES)).view(torch.int32)
+    table = _there(weight_table(), words.device)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    lead = start % BLOCK_WORDS
+    done = -lead  # as if the first block's missing words were zeros
     while done < words.numel():
-        block, offset = divmod(start + done, BLOCK_WORDS)
-        n = min(BLOCK_WORDS - offset, words.numel() - done)
-        sums.append((words[done : done + n] * table[offset : offset + n]).sum())
-        blocks.append(block)
-        done += n
-    if not sums:
-        return 0
-    values = torch.stack(sums).tolist()
-    return sum(int(v) * block_multiplier(b) for v, b in zip(values, blocks, strict=True)) & MASK
+        part = words[max(done, 0) : done + _WORDS_AT_ONCE]
+        before = max(-done, 0)
+        rows = torch.nn.functional.pad(part, (before, -(before + part.numel()) % BLOCK_WORDS)).view(-1, BLOCK_WORDS)
+        sums = (rows.to(torch.int64) & 0xFFFFFFFF).mul_(table).sum(1)
+        multipliers = block_multipliers((start + done) // BLOCK_WORDS, len(rows))
+        total += sums.mul_(_there(multipliers, words.device)).sum()
+        done += _WORDS_AT_ONCE
+    return total
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes in row-major order, uint8 [n]."""
+    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _there(weights: Unsigned, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(weights.view(np.int64).copy()).to(device, non_blocking=True)

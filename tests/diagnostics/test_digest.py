@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.sensors.digest import chain, digest, digest_bytes, hexdigest, words_of
-from diagnostics.sensors.multilinear import BLOCK_WORDS, block_multiplier, weight_table
+from diagnostics.sensors.digest import chain, digest, digest_bytes, digest_on_device, hexdigest, words_of
+from diagnostics.sensors.multilinear import BLOCK_WORDS, block_multiplier, block_multipliers, weight_table
 
 MASK = (1 << 64) - 1
 TRIALS = 3000
@@ -23,11 +23,7 @@ def naive(data: bytes, start: int = 0) -> int:
     total = 0
     for i in range(len(data) // 4):
         block, offset = divmod(start + i, BLOCK_WORDS)
-        total += (
-            int.from_bytes(data[4 * i : 4 * i + 4], "little", signed=True)
-            * int(table[offset])
-            * block_multiplier(block)
-        )
+        total += int.from_bytes(data[4 * i : 4 * i + 4], "little") * int(table[offset]) * block_multiplier(block)
     return total & MASK
 
 
@@ -61,12 +57,37 @@ def test_edge_shapes() -> None:
         digest(torch.ones(1), -1)
 
 
-def test_device_form_agrees() -> None:
-    from diagnostics.sensors import digest as module
+@settings(max_examples=25)
+@given(st.integers(0, 2 * BLOCK_WORDS), st.integers(0, 2 * BLOCK_WORDS), st.integers(0, 7), st.integers(0, 2**31))
+def test_whole_blocks_are_the_formula_whatever_the_alignment(count: int, start: int, skip: int, seed: int) -> None:
+    data = np.random.default_rng(seed).bytes(4 * count + skip)
+    assert digest_bytes(memoryview(data)[skip:], start) == naive(data[skip:], start)
 
-    t = torch.randn(BLOCK_WORDS + 1000)
-    flat = t.view(torch.uint8)
-    assert module._digest_on_device(flat, 77) == digest(t, 77)
+
+@given(st.integers(0, 12 * BLOCK_WORDS), st.integers(0, 3 * BLOCK_WORDS), st.integers(0, 2**31))
+def test_device_form_agrees(size: int, start: int, seed: int) -> None:
+    t = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
+    found = digest_on_device(t, start)
+    assert found.dtype == torch.int64
+    assert found.shape == ()
+    assert int(found) & MASK == digest(t, start)
+
+
+def test_device_form_in_parts_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diagnostics.sensors.digest._WORDS_AT_ONCE", 2 * BLOCK_WORDS)
+    t = torch.randn(9 * BLOCK_WORDS + 11, generator=torch.Generator().manual_seed(2))
+    for start in (0, 1, BLOCK_WORDS - 1, 5 * BLOCK_WORDS):
+        assert int(digest_on_device(t, start)) & MASK == digest(t, start)
+    with pytest.raises(ValueError, match="start"):
+        digest_on_device(t, -1)
+
+
+def test_weights_are_odd_and_differ() -> None:
+    multipliers = block_multipliers(3, 500)
+    assert [int(m) for m in multipliers[:20]] == [block_multiplier(3 + i) for i in range(20)]
+    for weights in (weight_table(), multipliers):
+        assert bool((weights & np.uint64(1)).all())
+        assert len(set((weights & np.uint64(0xFFFFFFFF)).tolist())) > 0.999 * len(weights)
 
 
 def test_hexdigest_and_chain() -> None:
