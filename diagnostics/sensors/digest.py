@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+
 import numpy as np
 import torch
 
@@ -56,6 +60,25 @@ def digest_on_device(t: torch.Tensor, start: int = 0) -> torch.Tensor:
     flat = _flat(t)
     if not flat.numel():
         return torch.zeros((), dtype=torch.int64, device=t.device)
+    kernel = _kernel(t.device)
+    return _by_torch(flat, start) if kernel is None else kernel(flat, start)
+
+
+@lru_cache
+def _kernel(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
+    """What hashes on a CUDA device in one pass; None elsewhere, and where Triton is missing."""
+    if device.type != "cuda":
+        return None
+    try:  # Triton comes with CUDA builds of torch only, so its kernels are imported where they are needed
+        module = import_module("diagnostics.sensors.kernels.hashing")
+    except ModuleNotFoundError:
+        return None
+    found: Callable[[torch.Tensor, int], torch.Tensor] = module.hashed
+    return found
+
+
+def _by_torch(flat: torch.Tensor, start: int) -> torch.Tensor:
+    """By torch's own operators, in several passes. flat: uint8 [n], n > 0."""
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % WORD_BYTES)).view(torch.int32)
     table = _there(weight_table(), words.device)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
