@@ -148,7 +148,7 @@ def misses(kind: str, trials: int) -> Iterator[Figure]:
 
 def main() -> None:
     """Run and print one JSON document."""
-    rounds, trials = (3, 100) if options(__doc__).quick else (201, 5000)
+    rounds, trials = (3, 100) if options(__doc__).quick else (801, 5000)
     figures: list[Figure] = []
     with Progress(console=Console(file=sys.stderr)) as progress:
         bar = progress.add_task("hash", total=2 + len(FAULTS))
