@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from diagnostics.health import Alarm
 from diagnostics.sensors.coverage import Coverage, CoverageRow
-from diagnostics.sensors.inspection import Inspection
+from diagnostics.sensors.inspection import NOT_DRAWN, Inspection
 from diagnostics.sensors.places import Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
@@ -187,7 +187,9 @@ class GuardedStep:
         guard.failures += self._inspection.failures
         guard.sampler.spent(self._inspection.seconds, took)
         if kind is None and not guard.account.checked and not len(guard.log):
-            raise NothingToCheck(_nothing(guard.coverage()))
+            rows = guard.coverage()
+            if all(row.reason != NOT_DRAWN for row in rows):
+                raise NothingToCheck(_nothing(rows))
 
     def abandon(self) -> None:
         """Leave the step's context without an account: it was cut short."""

@@ -223,6 +223,17 @@ def test_a_budget_samples_and_coverage_says_what_it_bought() -> None:
     assert all(row.checked == 1 for row in full.coverage() if row.operation in ("mm", "addmm"))
 
 
+def test_a_sample_that_draws_nothing_is_no_error() -> None:
+    model = nn.Linear(8, 8)
+    guard = assay.Guard(model, budget=0.01)
+    guard.sampler.share = 1e-4
+    for _ in range(3):
+        with guard.step() as step:
+            model(torch.ones(4, 8)).sum().backward()
+    assert step.clean
+    assert all(row.checked == 0 for row in guard.coverage())
+
+
 def test_nothing_to_check_raises() -> None:
     with pytest.raises(assay.NothingToCheck, match="belong inside"), assay.Guard(nn.Linear(2, 2)).step():
         pass

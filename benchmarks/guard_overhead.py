@@ -1,0 +1,237 @@
+"""What the guard costs on a decoder layer's step, and what each setting of it sees for that.
+
+A layer as Llama has it (RMSNorm, attention, SwiGLU) and a head, forward and backward, at hidden sizes 256 and 2048 and
+8,192 tokens, fp32 and bf16, 2 threads. Guarded and unguarded steps of one process are taken in turn; a cost is the
+median of the rounds' ratios. Beside each cost stand the coverage and the recall of the very same setting: faults by bit
+flips in the upper half of the number, in an element of at least the rms, of any product of the step. Memory that is
+freed is kept for the next step, on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agent.training.allocator import keep_memory
+from agent.training.engine import AGAIN
+from benchmarks._figures import Figure, document
+from benchmarks.campaign.intervals import wilson
+from diagnostics.sensors.coverage import Coverage
+from diagnostics.sensors.guard import Guard
+
+THREADS = 2
+TOKENS = 8192
+WINDOW = 1024
+VOCABULARY = 4096
+HEAD = 64
+WARM = 3
+#: Marks: of everything checked, and of a sample, at hidden 2048.
+FULL, SAMPLED = 0.02, 0.008
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+
+
+class Layer(nn.Module):
+    """int64 [windows, WINDOW] -> the loss of the next token."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        wide = 11 * hidden // 4
+        self.embedding = nn.Embedding(VOCABULARY, hidden)
+        self.before, self.between, self.last = (nn.RMSNorm(hidden) for _ in range(3))
+        self.qkv, self.out = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
+        self.gate, self.up = nn.Linear(hidden, wide, bias=False), nn.Linear(hidden, wide, bias=False)
+        self.down, self.head = nn.Linear(wide, hidden, bias=False), nn.Linear(hidden, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = self.between(x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        logits = self.head(self.last(x))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+class Flip(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Flips one bit of the upper half of an element, of at least the rms, of the n-th product's result; counts them."""
+
+    def __init__(self, at: int, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+        self._at = at
+        self._rng = random.Random(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _PRODUCTS:
+            if self.count == self._at:
+                self._flip(out.view(-1))
+            self.count += 1
+        return out
+
+    def _flip(self, flat: Tensor) -> None:
+        place = self._rng.randrange(flat.numel())
+        near = flat[place : place + 4096].float()
+        rms = float(near.square().mean().sqrt())
+        place += int((near.abs() >= rms).nonzero()[0])
+        wide = flat.dtype == torch.float32
+        bit = self._rng.randrange(16, 31) if wide else self._rng.randrange(8, 15)
+        flat.view(torch.int32 if wide else torch.int16)[place] ^= 1 << bit
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to guard."""
+
+    name: str
+    options: dict[str, float]
+    target: float | None = None
+
+
+SETTINGS = (
+    Setting("everything", {"again": 1.0}, FULL),
+    Setting("as a job", {"again": AGAIN}),
+    Setting("identities only", {"again": 0.0}),
+    Setting("a budget of 0.8 %", {"budget": SAMPLED}, SAMPLED),
+)
+
+
+class Bench:
+    """One layer in one precision, guarded in each way."""
+
+    def __init__(self, hidden: int, dtype: torch.dtype, tokens: int) -> None:
+        torch.manual_seed(hidden)
+        self.model = Layer(hidden).to(dtype)
+        self.tokens = torch.randint(0, VOCABULARY, (max(1, tokens // WINDOW), min(tokens, WINDOW)))
+        self.guards = {setting.name: Guard(self.model, **setting.options) for setting in SETTINGS}
+
+    def step(self) -> None:
+        """Forward and backward, with gradients made anew."""
+        self.model.zero_grad()
+        self.model(self.tokens).backward()
+
+    def guarded(self, setting: Setting) -> bool:
+        """The same under a guard; whether it was clean."""
+        with self.guards[setting.name].step() as step:
+            self.step()
+        return step.clean
+
+    def deterministic(self) -> None:
+        """The same with torch's own demand that every kernel be repeatable."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            self.step()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def costs(self, rounds: int) -> dict[str, list[float]]:
+        """Ratios to the unguarded step of the same round, by setting; "deterministic" among them."""
+        ways: dict[str, Callable[[], Any]] = {"deterministic": self.deterministic}
+        for setting in SETTINGS:
+            ways[setting.name] = lambda setting=setting: self.guarded(setting)  # type: ignore[misc]
+        ratios: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(WARM + rounds):
+            if turn == WARM:  # a budget has been learned by now: coverage is that of the steps that are timed
+                for guard in self.guards.values():
+                    guard.account = Coverage()
+            for name, way in ways.items():
+                plain, other = _seconds(self.step), _seconds(way)
+                if turn >= WARM:
+                    ratios[name].append(other / plain)
+        return ratios
+
+    def recall(self, setting: Setting, faults: int) -> int:
+        """How many of so many faults alarm; each in a step of its own."""
+        counter = Flip(-1, 0)
+        with counter:
+            self.step()
+        seen = 0
+        for number in range(faults):
+            with Flip(number * counter.count // faults, seed=number):
+                seen += not self.guarded(setting)
+        return seen
+
+    def covered(self, setting: Setting) -> str:
+        """Share of calls that were checked, of products and of all operators."""
+        rows = self.guards[setting.name].coverage()
+        products = [row for row in rows if row.operation in ("mm", "addmm", "bmm")]
+        parts = ((products, "of products"), (rows, "of all operators"))
+        return ", ".join(f"{_share(chosen):.3f} {what}" for chosen, what in parts)
+
+
+def _share(rows: list[Any]) -> float:
+    return sum(row.checked * row.calls for row in rows) / max(1, sum(row.calls for row in rows))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def figures(bench: Bench, name: str, large: bool, rounds: int, faults: int) -> Iterable[Figure]:
+    """Costs with their coverage, and recall with its interval, of every setting."""
+    ratios = bench.costs(rounds)
+    cost = statistics.median(ratios.pop("deterministic")) - 1
+    yield Figure(f"{name}: deterministic kernels alone", cost, "share of a step", "lower", samples=rounds)
+    for setting in SETTINGS:
+        cost = statistics.median(ratios[setting.name]) - 1
+        target = setting.target if large else None
+        yield Figure(
+            f"{name}: {setting.name}",
+            cost,
+            "share of a step",
+            "lower",
+            target,
+            coverage=bench.covered(setting),
+            samples=rounds,
+        )
+        seen = bench.recall(setting, faults)
+        low, high = wilson(seen, faults)
+        yield Figure(
+            f"{name}: recall, {setting.name}",
+            seen / faults,
+            "share of faults",
+            "higher",
+            coverage=f"95 % interval {low:.3f}..{high:.3f}; products, upper half of the bits",
+            samples=faults,
+        )
+
+
+def main() -> None:
+    """Run and print one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the document only (it is the only output anyway)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does it run, not what is it")
+    asked = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    keep_memory()
+    sizes = ((128, 512, 1, 4),) if asked.quick else ((256, TOKENS, 9, 60), (2048, TOKENS, 5, 12))
+    found: list[Figure] = []
+    with Progress(console=Console(file=sys.stderr)) as progress:
+        bar = progress.add_task("settings", total=2 * len(sizes))
+        for hidden, tokens, rounds, faults in sizes:
+            for dtype in (torch.float32, torch.bfloat16):
+                name = f"hidden {hidden}, {'fp32' if dtype == torch.float32 else 'bf16'}"
+                found += figures(Bench(hidden, dtype, tokens), name, hidden >= 2048, rounds, faults)
+                progress.advance(bar)
+    print(document("guard_overhead", found, threads=THREADS))
+
+
+if __name__ == "__main__":
+    main()
