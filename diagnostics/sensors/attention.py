@@ -8,8 +8,9 @@ the column's largest size. Sees what leaves the hull: wrong exponents, stuck hig
 
 Sampled rows. ROWS rows of every head, evenly spaced from an offset that the step's signs draw, are computed again in
 fp32 from q, k, v: lse, then O element by element. Tolerance of lse: z (accumulate(S) + accumulate |lse| + e + exp),
-where e = accumulate(D) scale ||q|| max ||k|| is the rounding of a score and exp, a constant of its own ("sdpa_exp"),
-that of the kernel's exponential, which torch's CPU kernel for bf16 makes with a polynomial good to 6e-5 (measured).
+where e = accumulate(D) scale ||q|| max ||k|| + accumulate max |mask| is the rounding of a score and exp, a constant of
+its own ("sdpa_exp"), that of the kernel's exponential, which torch's CPU kernel for bf16 makes with a polynomial good
+to 6e-5 (measured).
 Tolerance of O: z (accumulate(S) + e) of the column's largest size; for bf16 also the rounding of O, and z output ||P||
 of that size, since kernels round P before the product.
 Every row is drawn with probability ROWS / T a step, and a run of ceil(T / ROWS) wrong rows is met in every step.
@@ -37,6 +38,10 @@ SENSOR = "attention"
 
 # Query rows of each head that are computed again: a 64th of the forward's products at 1,024 positions.
 ROWS = 16
+
+# A mask's value of this size closes its key, as models have it that write -1e4 or the least number instead of -inf: the
+# key's probability is 0 however the score is rounded.
+_CLOSED = 1e4
 
 # exp of more than this is infinity in fp32: a tolerance that has grown so far says nothing, and must not become NaN.
 _SATURATED = 80.0
@@ -107,7 +112,12 @@ class Attention:
         longest = torch.linalg.vector_norm(self.key, dim=-1, dtype=torch.float32).amax(-1)
         lengths = torch.linalg.vector_norm(self.query, dim=-1, dtype=torch.float32)
         largest: Tensor = lengths * longest.repeat_interleave(self.groups, dim=1)[..., None]
-        return largest * (abs(self.scale) * kappa.accumulate_at(self.query.shape[-1]))
+        noise = largest * (abs(self.scale) * kappa.accumulate_at(self.query.shape[-1]))
+        if self.mask is None:
+            return noise
+        sizes = self.mask.abs()
+        added = torch.where(sizes < _CLOSED, sizes, 0.0).amax(-1)
+        return noise + added.float() * kappa.accumulate
 
 
 def sampled_rows(rows: int, signs: Signs, device: torch.device) -> Tensor:

@@ -90,17 +90,18 @@ def row_readings(
     limit.mul_(Z * kappa.accumulate_at(max(n, left.value.shape[-1])))
     if kappa.output:
         norms = output_norms(left, right, signs, alpha, plus)
-        limit.add_(norms.clamp_(min=NORM_FLOOR), alpha=Z * kappa.output)
+        limit.add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
     return residual.div_(limit)
 
 
 def output_norms(left: Operand, right: Operand, signs: Signs, alpha: float = 1.0, plus: Addend | None = None) -> Tensor:
     """Upper estimate fp32 [..., M] of the row norms of alpha left right + plus, made without the product itself.
 
-    Runs in the operands' own type: signs are exact in it, and an estimate can bear its rounding.
+    Runs in the operands' own type: signs are exact in it, and an estimate can bear its rounding. Not in fp16, whose
+    range a sum soon leaves.
     """
-    probes = signs.probes(right.value.shape[-1], right.value.dtype)
-    seen = left.value @ (right.value @ probes)
+    a, w = (left.fp32, right.fp32) if right.value.dtype == torch.float16 else (left.value, right.value)
+    seen = a @ (w @ signs.probes(w.shape[-1], w.dtype))
     if alpha != 1.0 or (plus is not None and plus.probed is not None):
         seen = seen.float().mul_(alpha)
     if plus is not None and plus.probed is not None:
@@ -108,7 +109,16 @@ def output_norms(left: Operand, right: Operand, signs: Signs, alpha: float = 1.0
     estimate: Tensor = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32).square_().mul_(1 / PROBES)
     squares = left.row_norms.square()
     gain = estimate.sum(-1, keepdim=True) / squares.sum(-1, keepdim=True).clamp(min=NORM_FLOOR**2)
+    gain.clamp_(max=NORM_FLOOR**-2)  # where A is all zeros and D is not: no infinity, whose product with 0 is NaN
     return estimate.add_(squares.mul_(gain)).sqrt_()
+
+
+def subnormal_norm(c: Tensor) -> float:
+    """What the rounding of a row of subnormals is relative to, in place of the row's norm; of note in fp16 alone.
+
+    Their spacing is that of the least normal number, without the 0.72 that is the mean over mantissas of a normal one.
+    """
+    return float(c.shape[-1] ** 0.5 * torch.finfo(c.dtype).smallest_normal / 0.72)
 
 
 def _along(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 
-from diagnostics.sensors.gemm import KERNEL, SENSOR
+from diagnostics.sensors.gemm import KERNEL, SENSOR, subnormal_norm
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.tolerance import NORM_FLOOR, Z
 
@@ -45,9 +45,8 @@ def _by_rows(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench)
     weights = torch.linalg.vector_norm(right, dim=(1, 2), dtype=torch.float32).clamp(min=NORM_FLOOR)[group]
     limit = rows * weights * (Z * kappa.accumulate_at(max(columns, inner)))
     if kappa.output:
-        seen = torch._grouped_mm(left, right @ bench.signs.probes(columns, right.dtype), offs=offs)
-        norms = _estimate(seen).add_(rows * weights / max(inner, 1) ** 0.5)
-        limit.add_(norms.clamp_(min=NORM_FLOOR), alpha=Z * kappa.output)
+        norms = _estimate(left, right, offs, bench).add_(rows * weights / max(inner, 1) ** 0.5)
+        limit.add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
     return torch.where(mine, residual.div_(limit), 0.0)
 
 
@@ -63,11 +62,10 @@ def _by_inner(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench
     weights = _sums(b.square().sum(1, keepdim=True), group, groups).sqrt_().clamp_(min=NORM_FLOOR)
     limit = rows * weights * (Z * kappa.accumulate_at(max(columns, left.shape[1])))
     if kappa.output:
-        seen = torch._grouped_mm(left, right @ bench.signs.probes(columns, right.dtype), offs=offs)
-        norms = _estimate(seen)
+        norms = _estimate(left, right, offs, bench)
         count = _sums(a.new_ones(a.shape[0], 1), group, groups).clamp_(min=1).sqrt_()
         norms = norms.add_(rows * weights / count)
-        limit.add_(norms.clamp_(min=NORM_FLOOR), alpha=Z * kappa.output)
+        limit.add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
     return residual.div_(limit)
 
 
@@ -81,8 +79,11 @@ def _sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
     return values.new_zeros(groups + 1, values.shape[1]).index_add_(0, group, values)[:groups]
 
 
-def _estimate(seen: Tensor) -> Tensor:
-    """Root mean square over the probes: E[(C s)^2] = ||C||^2."""
+def _estimate(left: Tensor, right: Tensor, offs: Tensor, bench: Bench) -> Tensor:
+    """Row norms of the product: root mean square over the probes, E[(C s)^2] = ||C||^2. fp16 is left, as in `gemm`."""
+    if right.dtype == torch.float16:
+        left, right = left.float(), right.float()
+    seen = torch._grouped_mm(left, right @ bench.signs.probes(right.shape[-1], right.dtype), offs=offs)
     return seen.float().square().mean(-1).sqrt_()
 
 

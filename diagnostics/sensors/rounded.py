@@ -58,6 +58,7 @@ def energy_readings(
     weights = torch.linalg.vector_norm(seen, dim=(-2, -1), dtype=torch.float32).square_().div_(count).unsqueeze(-1)
     typical = weights.mul(alpha * alpha / max(inner, 1))
     gain = estimate.sum(-1, keepdim=True) / squares.sum(-1, keepdim=True).clamp(min=NORM_FLOOR**2)
+    gain.clamp_(max=NORM_FLOOR**-2)  # where A is all zeros and D is not: no infinity, whose product with 0 is NaN
     limit = estimate.add_(squares.mul_(torch.maximum(gain, typical))).sqrt_().clamp_(min=NORM_FLOOR)
     limit.mul_(TAIL * kappa.output * (1 + 4 / n) ** 0.5)
     terms = left.row_norms.clamp(min=NORM_FLOOR) * weights.sqrt_().clamp_(min=NORM_FLOOR)

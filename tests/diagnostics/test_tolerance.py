@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.sensors.gemm import output_norms, row_readings
+from diagnostics.sensors.gemm import Addend, output_norms, row_readings
 from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import WIDEST, UnknownTolerance, Widening, parse_table, shipped_table
@@ -117,6 +117,19 @@ def test_bad_tables_are_refused() -> None:
         parse_table(json.dumps({"kappas": [row, row]}))
     with pytest.raises(ValueError, match=r"0\.\.1"):
         parse_table(json.dumps({"kappas": [row | {"accumulate": 0}]}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_an_addend_beside_an_operand_of_zeros_is_quiet(dtype: torch.dtype) -> None:
+    """A dead layer's product is its bias. The estimate of norms once read NaN there."""
+    a, w = torch.zeros(3, 8, dtype=dtype), matrix("normal", 8, 36, 1.0, 1).to(dtype)
+    bias = matrix("normal", 3, 36, 1e4, 2).to(dtype)
+    signs, kappa = Signs(1, CPU), shipped_table().kappa("cpu", str(dtype).removeprefix("torch."))
+    out = torch.addmm(bias, a, w)
+    plus = Addend.of(bias, 1.0, 36, signs, True)
+    for c, quiet in ((out, True), (out.neg(), False)):
+        readings = row_readings(c, Operand(a), Operand(w), signs, kappa, 1.0, plus)
+        assert bool((readings <= 1.0).all()) == quiet
 
 
 @given(st.floats(1e-4, 10), st.lists(st.floats(0, 1e12) | st.just(math.nan) | st.just(math.inf), max_size=20))

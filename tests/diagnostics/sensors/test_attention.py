@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -88,6 +89,50 @@ def test_uniform_and_one_hot_attention_are_quiet(dtype: torch.dtype, size: float
     back = run(BACKWARD, grad + 1, q * size, k, v, *there.out, 0.0, False)
     assert worst(CHECKS, there) <= 1.0
     assert worst(CHECKS, back) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(Shape(442, 1, 64, 1, 3), torch.float32), (Shape(282, 461, 64), torch.bfloat16)]
+)
+def test_gradients_that_all_point_one_way_are_quiet_where_attention_is_uniform(
+    shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sum drifts as its partial sums are rounded, and in all rows of dV alike."""
+    q, k, v, grad, _ = operands(shape, 2_000_002, dtype)
+    q, grad = q * 1e-3, grad.abs() + 2
+    there = run(FORWARD, q, k, v)
+    back = run(BACKWARD, grad, q, k, v, *there.out, 0.0, False)
+    assert worst(CHECKS, back) <= 1.0
+    wrong = back.out[DV].clone()
+    wrong[0, 0, 0, 5] += 0.2 * grad[0, 0, :, 5].float().sum()
+    assert alarms(CHECKS, with_result(back, wrong, DV))
+    before = checked(CHECKS, back)[0]
+    monkeypatch.setattr(attention_backward, "_ALIKE", 0.0)
+    after = checked(CHECKS, back)[0]  # the negative control: without the allowance the same sum reads higher
+    assert before.result == after.result == "dv"
+    assert float(after.readings.amax()) > float(before.readings.amax()) * (1.0 if dtype == torch.float32 else 2.0)
+
+
+@pytest.mark.parametrize("closing", [-1e4, torch.finfo(torch.float32).min])
+def test_a_mask_without_infinities_blinds_no_check(closing: float) -> None:
+    q, k, v, _, _ = operands(SQUARE, 2_000_004, torch.float32)
+    mask = torch.zeros(40, 40).masked_fill_(torch.ones(40, 40, dtype=torch.bool).triu_(1), closing)
+    there = run(FORWARD, q, k, v, 0.0, False, attn_mask=mask)
+    assert worst(CHECKS, there) <= 1.0
+    row = int(sampled_rows(40, Signs(0, CPU), CPU)[3])
+    wrong = there.out[0].clone()
+    wrong[0, 0, row] *= 1.001
+    assert alarms(CHECKS, with_result(there, wrong, 0))
+
+
+def test_a_large_bias_has_its_own_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row's query is small, and so is the rounding of its products: what is added to them is rounded too."""
+    there, _ = calls(Shape(45, 37, 8, 1, masked="bias"), 2_059_433)
+    assert worst(CHECKS, there, CpuBench(2_059_433)) <= 1.0
+    noise = attention.Attention.score_noise
+    unbiased = lambda self, kappa: noise(replace(self, mask=None), kappa)  # noqa: E731
+    monkeypatch.setattr(attention.Attention, "score_noise", unbiased)
+    assert alarms(CHECKS, there, CpuBench(2_059_433))  # the negative control
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
