@@ -17,6 +17,7 @@ COMMANDS = {
     "incident": ("controller.cli.incident", "List incidents, show one with its timeline, or replay what it was about."),
     "checkpoint": ("controller.cli.checkpoint", "List checkpoints or verify one."),
     "model": ("controller.cli.model", "Import or export weights, plan memory, generate text."),
+    "calibrate": ("controller.cli.calibrate", "Measure the sensors' tolerances on this machine."),
     "drill": ("controller.cli.drill", "Inject a fault into a running job."),
 }
 

@@ -11,7 +11,7 @@ their norms and its own before: each addition in bf16 rounds a partial sum, whic
 same with sizes of elements.
 
 Sees: a row that was lost, sent to another place, added twice or altered, above 2e-6 of what its row received in fp32.
-Does not see: wrong indices or sources; below that floor in bf16 (0.011 of what a row received, and more for rows that
+Does not see: wrong indices or sources; below that floor in bf16 (0.025 of what a row received, and more for rows that
 received many). Integers other than scatter_add's, and index_put with several index tensors, are run again
 (`recompute`); the embedding's gradient scaled by frequency is refused.
 Cost: one pass over the source, two over the result and one over what was there.

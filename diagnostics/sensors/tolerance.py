@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
+
+# Of the document that holds a table.
+SCHEMA = "assay.tolerances/1"
 
 # 2.6e-12 a row if rounding noise were Gaussian (sensors.md): 300 checks of 1,024 rows a step leave one false alarm in
 # a million steps.
@@ -57,19 +61,52 @@ class ToleranceTable:
             raise UnknownTolerance(f"no tolerance for {kernel} in {dtype} on {device_class}: calibrate it first")
         return found
 
+    def over(self, other: ToleranceTable) -> ToleranceTable:
+        """This table's entries, and the other's where this one has none."""
+        return ToleranceTable(other.entries | self.entries)
+
+
+class TableError(ValueError):
+    """A document is no table of tolerances; the message names the entry and what is wrong with it."""
+
 
 def parse_table(text: str) -> ToleranceTable:
-    """Read the table from JSON. Raises ValueError, naming the entry, when a kappa is not a positive finite number."""
+    """Read the table from JSON. Raises TableError."""
     entries: dict[tuple[str, str, str], Kappa] = {}
-    for row in json.loads(text)["kappas"]:
-        key = (str(row["device_class"]), str(row["dtype"]), str(row["kernel"]))
-        kappa = Kappa(float(row["output"]), float(row["accumulate"]), str(row["provenance"]))
+    for number, row in enumerate(_rows(text)):
+        key, kappa = _entry(number, row)
         if not (0 <= kappa.output < 1 and 0 < kappa.accumulate < 1):
-            raise ValueError(f"tolerance {key}: kappas {kappa.output}, {kappa.accumulate} are not in 0..1")
+            raise TableError(f"tolerance {key}: kappas {kappa.output}, {kappa.accumulate} are not in 0..1")
         if key in entries:
-            raise ValueError(f"tolerance {key} is given twice")
+            raise TableError(f"tolerance {key} is given twice")
         entries[key] = kappa
     return ToleranceTable(entries)
+
+
+def _rows(text: str) -> list[Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise TableError(f"not a table of tolerances: its schema is not {SCHEMA}")
+    rows = document.get("kappas")
+    if not isinstance(rows, list):
+        raise TableError("kappas is not a list")
+    return rows
+
+
+def _entry(number: int, row: Any) -> tuple[tuple[str, str, str], Kappa]:
+    if not isinstance(row, dict):
+        raise TableError(f"kappas[{number}] is not an object")
+    for name in ("device_class", "dtype", "kernel", "provenance"):
+        if not isinstance(row.get(name), str):
+            raise TableError(f"kappas[{number}].{name} is {row.get(name)!r}, must be text")
+    for name in ("output", "accumulate"):
+        if not isinstance(row.get(name), (int, float)) or isinstance(row[name], bool):
+            raise TableError(f"kappas[{number}].{name} is {row.get(name)!r}, must be a number")
+    key = row["device_class"], row["dtype"], row["kernel"]
+    return key, Kappa(row["output"], row["accumulate"], row["provenance"])
 
 
 def shipped_table() -> ToleranceTable:

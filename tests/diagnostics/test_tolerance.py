@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 from diagnostics.sensors.gemm import Addend, output_norms, row_readings
 from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.signs import Signs
-from diagnostics.sensors.tolerance import WIDEST, UnknownTolerance, Widening, parse_table, shipped_table
+from diagnostics.sensors.tolerance import (
+    SCHEMA,
+    WIDEST,
+    Kappa,
+    TableError,
+    UnknownTolerance,
+    Widening,
+    parse_table,
+    shipped_table,
+)
 
 CPU = torch.device("cpu")
 FLAVOURS = ("normal", "ones", "positive", "outlier columns", "outlier rows", "lognormal", "sparse", "zero rows")
@@ -107,19 +117,99 @@ def test_shipped_table_is_sound_and_says_where_it_is_from() -> None:
     table = shipped_table()
     assert {("cpu", "float32", "mm"), ("cpu", "bfloat16", "mm")} <= set(table.entries)
     assert all("measured" in kappa.provenance for kappa in table.entries.values())
-    with pytest.raises(UnknownTolerance, match="float16"):
-        table.kappa("cpu", "float16")
+    with pytest.raises(UnknownTolerance, match="float64"):
+        table.kappa("cpu", "float64")
 
 
-def test_bad_tables_are_refused() -> None:
-    row = {"device_class": "cpu", "dtype": "float32", "kernel": "mm", "output": 0, "accumulate": 1e-7, "provenance": ""}
-    with pytest.raises(ValueError, match="twice"):
-        parse_table(json.dumps({"kappas": [row, row]}))
-    with pytest.raises(ValueError, match=r"0\.\.1"):
-        parse_table(json.dumps({"kappas": [row | {"accumulate": 0}]}))
+ROW = {"device_class": "cpu", "dtype": "float32", "kernel": "mm", "output": 0, "accumulate": 1e-7, "provenance": ""}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def table(*rows: object, schema: str = SCHEMA) -> str:
+    return json.dumps({"schema": schema, "kappas": rows})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (table(ROW, ROW), "twice"),
+        (table(ROW | {"accumulate": 0}), r"0\.\.1"),
+        (table(ROW | {"output": math.nan}), r"0\.\.1"),
+        (table(ROW | {"output": 10**400}), r"0\.\.1"),
+        (table(ROW | {"output": "0"}), r"kappas\[0\]\.output is '0', must be a number"),
+        (table(ROW | {"accumulate": True}), r"accumulate is True, must be a number"),
+        (table(ROW, ROW | {"kernel": None}), r"kappas\[1\]\.kernel is None, must be text"),
+        (table({}), r"kappas\[0\]\.device_class is None"),
+        (table(3), r"kappas\[0\] is not an object"),
+        (table(ROW, schema="assay.tolerances/2"), "schema is not assay.tolerances/1"),
+        (json.dumps({"schema": SCHEMA}), "kappas is not a list"),
+        ("[]", "not a table of tolerances"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_bad_tables_are_refused(text: str, told: str) -> None:
+    with pytest.raises(TableError, match=told):
+        parse_table(text)
+    assert parse_table(table(ROW)).kappa("cpu", "float32").accumulate == 1e-7
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(ROW, _JSON)), max_size=3))
+def test_any_document_is_a_table_or_says_what_is_wrong(rows: list[dict[str, object]]) -> None:
+    """Nothing but TableError comes out, and what is accepted can be used."""
+    entries: dict[tuple[str, str, str], Kappa] = {}
+    with suppress(TableError):
+        entries = parse_table(table(*({**ROW, **row} for row in rows))).entries
+    for key, kappa in entries.items():
+        assert all(isinstance(part, str) for part in key)
+        assert 0 <= kappa.output < 1
+        assert 0 < kappa.accumulate < 1
+
+
+def test_a_table_lies_over_another() -> None:
+    mine = parse_table(table(ROW | {"accumulate": 5e-7}))
+    both = mine.over(shipped_table())
+    assert both.kappa("cpu", "float32").accumulate == 5e-7
+    assert both.entries.keys() == shipped_table().entries.keys()
+    assert {key for key in both.entries if both.entries[key] != shipped_table().entries[key]} == set(mine.entries)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from(FLAVOURS),
+    st.sampled_from(FLAVOURS),
+    st.tuples(st.integers(1, 60), st.integers(1, 200), st.integers(1, 200)),
+    st.sampled_from([1e-7, 1e-6, 1e-4, 1e-2, 1.0, 4.0]),
+    st.integers(0, 2**63),
+)
+def test_clean_fp16_products_never_alarm_down_to_subnormals_and_up_to_the_largest(
+    left: str, right: str, shape: tuple[int, int, int], scale: float, key: int
+) -> None:
+    m, k, n = shape
+    a = matrix(left, m, k, scale, key % 1000).clamp(-6e4, 6e4).half()
+    w = matrix(right, n, k, 1.0, key % 997).clamp(-6e4, 6e4).half()
+    c = F.linear(a, w)
+    if bool(c.isfinite().all()):
+        assert reading(c, a, w, key) <= 1.0
+
+
+def test_fp16_needs_what_was_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: without room for the rounding of subnormals clean products alarm."""
+    a, w = matrix("normal", 50, 8, 1e-6, 1).half(), matrix("normal", 64, 8, 1.0, 2).half()
+    assert reading(F.linear(a, w), a, w, 1) <= 1.0
+    flipped = F.linear(a, w)
+    flipped.view(torch.int16)[3, 5] ^= 1 << 13
+    assert not reading(flipped, a, w, 1) <= 1.0
+    monkeypatch.setattr("diagnostics.sensors.gemm.subnormal_norm", lambda c: 0.0)
+    assert not reading(F.linear(a, w), a, w, 1) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_addend_beside_an_operand_of_zeros_is_quiet(dtype: torch.dtype) -> None:
     """A dead layer's product is its bias. The estimate of norms once read NaN there."""
     a, w = torch.zeros(3, 8, dtype=dtype), matrix("normal", 8, 36, 1.0, 1).to(dtype)
