@@ -28,6 +28,7 @@ from agent.training.shards import ShardLayout
 from agent.training.spec import JobSpec, Mesh
 from diagnostics.sensors.digest import chain, digest
 from diagnostics.sensors.guard import Guard, GuardedStep
+from diagnostics.sensors.tolerance import parse_table, shipped_table
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 #: Of the optimizer's moments (arXiv 2412.19437, section 3.3.3: bf16 beside FP8); masters and gradients are fp32.
@@ -181,7 +182,9 @@ class Engine:
         return with_seals(computation, garbled, self.seals.count)
 
     def _guarded(self, scale: float) -> Guard:
-        return Guard(self.model, tolerance_scale=scale, enabled=self.spec.sensors, again=AGAIN)
+        given = self.spec.tolerances
+        table = None if given is None else parse_table(given).over(shipped_table())
+        return Guard(self.model, tolerance_scale=scale, enabled=self.spec.sensors, again=AGAIN, table=table)
 
     def _clock(self, sense: GuardedStep) -> int:
         first = sense.first_alarm

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from diagnostics.sensors.tolerance import TableError, parse_table
+
 SCHEMA = "assay.job/1"
 PRECISIONS = ("fp32", "bf16", "fp8")
 #: A suspect's replays of a held step, at most. With two no verdict takes more than three: one, a peer's and a third;
@@ -107,6 +109,7 @@ class JobSpec:
     documents do not see each other). `replays` is how often a suspect computes a held step again at most, see
     `diagnostics.verify.votes`; without `evidence` a held step leaves none. Ranks refuse a corpus that has not
     `corpus_digest`, if there is one. Without a `mesh` every rank holds the whole state; with one, `world` is its dp.
+    `tolerances` is the text of a table "assay.tolerances/1" whose entries go before the shipped ones.
     """
 
     job: str
@@ -129,6 +132,7 @@ class JobSpec:
     mesh: Mesh | None = None
     replays: int = REPLAYS
     evidence: EvidenceSettings | None = None
+    tolerances: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -142,6 +146,11 @@ class JobSpec:
                 raise SpecError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.tolerance_scale > 0:
             raise SpecError(f"tolerance_scale is {self.tolerance_scale}; it must be above 0")
+        if self.tolerances is not None:
+            try:
+                parse_table(self.tolerances)
+            except TableError as error:
+                raise SpecError(f"tolerances: {error}; make a table with assay calibrate") from error
         if self.mesh is not None and self.mesh.dp != self.world:
             raise SpecError(f"mesh.dp is {self.mesh.dp}; it must be world, which is {self.world}")
 

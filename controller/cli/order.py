@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from controller.cli import checks, drills, evidence
+from controller.cli import checks, drills, evidence, tolerances
 from controller.cli.errors import ConditionError, UsageError
 from controller.cli.presets import LAYERS, REPLAYS
 from controller.cli.rundir import load, unused
@@ -28,6 +28,7 @@ _FROZEN = (
     "pack",
     "sensors",
     "tolerance_scale",
+    "tolerances",
     "checkpoint_every",
     "mesh",
     "replays",
@@ -41,6 +42,7 @@ _BEFORE = {
     "mesh": None,
     "replays": REPLAYS,
     "evidence": None,
+    "tolerances": None,
 }
 
 
@@ -105,7 +107,7 @@ def resumed_order(options: dict[str, Any], given: set[str], texts: tuple[str, ..
     for name in (*_FROZEN, "nodes", "spares", "db"):
         if name in given and wanted[name] != known[name]:
             option = name.replace("_", "-")
-            was, new = _shown(known[name]), _shown(wanted[name])
+            was, new = _shown(name, known[name]), _shown(name, wanted[name])
             raise UsageError(f"--{option} is {was} in the run in {directory}; it cannot become {new}")
     steps = options["steps"] if "steps" in given else run.spec["steps"]
     if steps < run.spec["steps"]:
@@ -152,12 +154,15 @@ def _frozen(options: dict[str, Any]) -> dict[str, Any]:
         "pack": options["pack"],
         "sensors": options["sensors"] == "on",
         "tolerance_scale": checks.scale(options["tolerance_scale"]),
+        "tolerances": tolerances.read(options["tolerances"]),
         "checkpoint_every": options["checkpoint_every"],
         "mesh": options["mesh"],
         "replays": options["replays"],
     }
 
 
-def _shown(value: Any) -> Any:
+def _shown(name: str, value: Any) -> Any:
     """An option's value as it is written on the command line."""
+    if name == "tolerances" and value is not None:
+        return "another table"
     return ",".join(f"{name}={size}" for name, size in value.items()) if isinstance(value, dict) else value

@@ -59,6 +59,7 @@ CANCEL_S = 0.5
 @click.option("--mesh", metavar="dp=N[,ep=N][,local=N]", help="Divide experts and optimizer. [default: whole copies]")
 @click.option("--sensors", type=click.Choice(["on", "off"]), default="on", show_default=True, help="Sense corruption.")
 @click.option("--tolerance-scale", type=float, default=1.0, show_default=True, help="Scales every tolerance.")
+@click.option("--tolerances", metavar="FILE", help="A table that assay calibrate wrote. [default: the shipped one]")
 @click.option(
     "--replays",
     type=click.IntRange(1, MOST_REPLAYS),

@@ -1,21 +1,24 @@
-"""`assay calibrate`: what of the model's own it measures, what it writes, how it ends."""
+"""`assay calibrate`: what of the model's own it measures, what it writes, how it ends; and a job that takes a table."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from agent.calibrate import tool
 from agent.calibrate.training import families
+from agent.training.engine import Engine
+from agent.training.spec import JobSpec, SpecError
 from controller.cli.main import call
 from diagnostics.calibration.measure import DeviceUnusable, Plan, measure
 from diagnostics.calibration.operators import Family
 from diagnostics.calibration.rules import RULES
-from diagnostics.sensors.tolerance import parse_table, shipped_table
+from diagnostics.sensors.tolerance import SCHEMA, parse_table, shipped_table
 
 CPU = torch.device("cpu")
 
@@ -130,3 +133,41 @@ def test_the_command_passes_words_and_code_along(capfd: pytest.CaptureFixture[st
     assert call(["calibrate", "--out", "nowhere/t.json"]) == 2
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "assay: --out nowhere/t.json is not a file in a folder that exists\n")
+
+
+SPEC = {
+    "job": "job",
+    "preset": "tiny",
+    "seed": 7,
+    "steps": 1,
+    "world": 1,
+    "precision": "fp32",
+    "corpus": None,
+    "sensors": True,
+    "tolerance_scale": 1.0,
+    "checkpoint_every": 1,
+    "storage": "",
+    "threads": 1,
+    "cache": "",
+}
+
+
+def table(accumulate: float) -> str:
+    key = {"device_class": "cpu", "dtype": "float32", "kernel": "mm"}
+    return json.dumps({"schema": SCHEMA, "kappas": [{**key, "output": 0, "accumulate": accumulate, "provenance": ""}]})
+
+
+def guarded(spec: JobSpec) -> float:
+    """The constant that an engine's guard has for fp32 products."""
+    engine = SimpleNamespace(spec=spec, model=torch.nn.Linear(2, 2))
+    guard = Engine._guarded(engine, 1.0)  # type: ignore[arg-type]
+    assert guard.table.kappa("cpu", "bfloat16") == shipped_table().kappa("cpu", "bfloat16")
+    return guard.table.kappa("cpu", "float32").accumulate
+
+
+def test_a_job_s_table_goes_before_the_shipped_one() -> None:
+    assert guarded(JobSpec(**SPEC)) == shipped_table().kappa("cpu", "float32").accumulate
+    spec = JobSpec(**SPEC, tolerances=table(9e-7))
+    assert guarded(JobSpec.from_json(spec.to_json())) == 9e-7
+    with pytest.raises(SpecError, match=r"tolerances: .*0\.\.1; make a table with assay calibrate"):
+        JobSpec(**SPEC, tolerances=table(2.0))

@@ -75,6 +75,10 @@ def test_presets_are_those_of_the_model() -> None:
         (["--precision", "fp4"], "--precision"),
         (["--tolerance-scale", "0"], "--tolerance-scale"),
         (["--tolerance-scale", "nan"], "--tolerance-scale"),
+        (["--tolerances", "nowhere"], "--tolerances nowhere cannot be read: No such file or directory"),
+        (["--tolerances", "empty"], "--tolerances empty cannot be read: Is a directory"),
+        (["--tolerances", "latin.txt"], "--tolerances latin.txt is not UTF-8 text"),
+        (["--tolerances", "ten.json"], "its schema is not assay.tolerances/1; make one with assay calibrate"),
         (["--corpus", "nowhere"], "nowhere does not exist"),
         (["--corpus", "empty.txt"], "empty.txt is empty"),
         (["--corpus", "empty"], "empty is empty"),
@@ -176,6 +180,25 @@ def test_a_corpus_settles_vocabulary_and_digest(tmp_path: Path, monkeypatch: pyt
         *[None] * 4,
         "stream",
     ]
+
+
+def test_a_table_of_tolerances_travels_with_the_job_and_stays(
+    tmp_path: Path, ended: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    row = {"device_class": "cpu", "dtype": "float32", "kernel": "mm", "output": 0, "accumulate": 9e-7, "provenance": ""}
+    table = json.dumps({"schema": "assay.tolerances/1", "kappas": [row]})
+    (tmp_path / "table.json").write_text(table)
+    assert _started(["--dir", "d"], monkeypatch)["tolerances"] is None
+    spec = _started(["--tolerances", "table.json", "--dir", "e"], monkeypatch)
+    assert spec["tolerances"] == table
+    assert JobSpec.from_json(json.dumps(spec)).tolerances == table
+    assert call(["run", "--resume", str(ended), "--tolerances", "table.json"]) == 2
+    _one_line(capsys, "--tolerances is None in the run")
+    run = load(ended)
+    replace(run, spec={**run.spec, "tolerances": table}).save(ended)
+    (tmp_path / "table.json").write_text(table.replace("9e-07", "8e-07"))
+    assert call(["run", "--resume", str(ended), "--tolerances", "table.json"]) == 2
+    _one_line(capsys, "it cannot become another table")
 
 
 def test_a_mesh_gives_the_number_of_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

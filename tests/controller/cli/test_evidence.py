@@ -57,6 +57,7 @@ def test_a_resumed_run_may_stop_keeping_data(tmp_path: Path) -> None:
         "pack": "stream",
         "sensors": "on",
         "tolerance_scale": 1.0,
+        "tolerances": None,
         "checkpoint_every": 10,
         "mesh": None,
         "replays": 2,
