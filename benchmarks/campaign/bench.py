@@ -182,7 +182,7 @@ class Bench:
         bias, total = self.layout.bias_rows(old.router_bias), counts + start.peer_counts
         new = torch.stack([updated_bias(b, c, self.settings.bias_gamma) for b, c in zip(bias, total, strict=True)])
         self.layout.bias_rows(self.after.router_bias).copy_(new)
-        return (sum(hashes) + digest(self.after.router_bias, self.layout.tail)) & _MASK
+        return (sum(map(sum, hashes)) + digest(self.after.router_bias, self.layout.tail)) & _MASK
 
     def masked(self, point: Point) -> bool:
         """Whether what was committed is bit-equal to the clean step's."""

@@ -28,6 +28,7 @@ from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
 
 NOT_DRAWN = "not drawn: a share of the calls is checked"
+NOT_AGAIN = "no identity covers it, and nothing is run again"
 
 
 class Inspection:
@@ -193,7 +194,8 @@ class Inspection:
         place = self._place(plan, args)
         if plan.copies:
             self._places.copied(args[0], out)
-        self._coverage.count(place.module, plan.name, place.pass_, False, plan.reason or NOT_DRAWN)
+        undrawn = NOT_AGAIN if plan.again and not self._again else NOT_DRAWN
+        self._coverage.count(place.module, plan.name, place.pass_, False, plan.reason or undrawn)
 
     def _place(self, plan: Plan, args: tuple[Any, ...]) -> Place:
         if not plan.product:
