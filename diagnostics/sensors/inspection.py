@@ -14,8 +14,8 @@ from torch import Tensor
 from diagnostics.sensors import recompute, saved
 from diagnostics.sensors.announced import Announced, inside_announced
 from diagnostics.sensors.coverage import Coverage
+from diagnostics.sensors.gemm import KERNEL, row_readings
 from diagnostics.sensors.gemm import SENSOR as GEMM
-from diagnostics.sensors.gemm import row_readings
 from diagnostics.sensors.kinds import is_in_place
 from diagnostics.sensors.operand import Operand, Operands
 from diagnostics.sensors.operation import Call, Checked, Unsupported
@@ -123,6 +123,10 @@ class Inspection:
 
     def kappa(self, kernel: str, like: Tensor) -> Kappa:
         """See `operation.Bench`."""
+        if kernel == KERNEL and like.dtype == torch.float32:
+            precision = _fp32_precision(like.device.type)
+            if precision not in ("none", "ieee"):
+                raise UnknownTolerance(f"no tolerance for fp32 products that torch may make in {precision}")
         return self._table.kappa(like.device.type, str(like.dtype).removeprefix("torch."), kernel)
 
     def operand(self, value: Tensor) -> Operand:
@@ -205,3 +209,9 @@ class Inspection:
     def _skip(self, place: Place, operation: str, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self._coverage.count(place.module, operation, place.pass_, False, reason)
+
+
+def _fp32_precision(device: str) -> str:
+    """In what torch computes fp32 products, as `torch.set_float32_matmul_precision` has it: ieee, tf32 or bf16."""
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    return str(backend.matmul.fp32_precision)

@@ -54,7 +54,7 @@ class Places:
         self._stack.clear()
         self._forwards.clear()
         spans = sorted(
-            (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name.removesuffix(".weight"))
+            (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), self._owner(name))
             for name, p in self._model.named_parameters()
             if p.numel() and p.layout is torch.strided
         )
@@ -121,6 +121,12 @@ class Places:
     def _named(self, operands: Sequence[Tensor]) -> str | None:
         """Right operands first: that is where weights stand."""
         return next((name for value in reversed(operands) if (name := self.weight(value)) is not None), None)
+
+    def _owner(self, parameter: str) -> str:
+        """The module of a weight; other parameters keep their own name. The model itself goes by its class."""
+        if parameter == "weight":
+            return type(self._model).__name__
+        return parameter.removesuffix(".weight")
 
     def _here(self) -> str:
         return self._stack[-1] if self._stack else UNNAMED

@@ -324,3 +324,19 @@ def test_what_autograd_keeps_is_watched(bit: int) -> None:
             model.between.data.view(torch.int32)[1, 2] ^= 1 << bit
             loss.backward()
         assert {alarm.sensor for alarm in step.alarms} == ({"saved"} if seen else set())
+
+
+def test_fp32_products_of_less_precision_are_run_again() -> None:
+    """Where torch may make them in tf32 or bf16 the identity does not hold; the setting is the process's."""
+    model, x = nn.Linear(64, 64), batch(0, 32, 64)
+    guard = Guard(model)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with BadKernel(0), guard.step() as step:
+            model(x).sum().backward()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [(a.sensor, a.module) for a in step.alarms] == [("recompute", "Linear")]
+    with guard.step():
+        model(x).sum().backward()
+    assert all(row.checked == 1 for row in guard.coverage())
