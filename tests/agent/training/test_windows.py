@@ -31,7 +31,7 @@ def spec(folder: Path, **changes: Any) -> JobSpec:
 
 
 def digests(engine: Engine, steps: range) -> list[str]:
-    return [engine._batch(step, rank).digest for step in steps for rank in range(WORLD)]
+    return [engine.batch(step, rank).digest for step in steps for rank in range(WORLD)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,7 +121,7 @@ def test_packed_windows_cover_each_position_once_in_an_epoch(tmp_path: Path) -> 
 def test_only_packed_samples_carry_documents(tmp_path: Path) -> None:
     path = token_file(tmp_path).path
     for pack in ("stream", "documents"):
-        assert (Engine(spec(tmp_path, corpus=str(path), pack=pack))._batch(1, 0).documents is None) == (
+        assert (Engine(spec(tmp_path, corpus=str(path), pack=pack)).batch(1, 0).documents is None) == (
             pack == "stream"
         )
 
@@ -209,7 +209,7 @@ def test_without_the_scan_an_id_outside_would_reach_the_model(tmp_path: Path, mo
     monkeypatch.setattr("agent.training.tokens.Tokens.check_vocabulary", lambda self, size: None)
     engine = Engine(spec(tmp_path, corpus=str(path), tokenizer=str(by)))
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        engine.model.loss(engine._batch(1, 0).tokens)
+        engine.model.loss(engine.batch(1, 0).tokens)
 
 
 def test_a_specification_from_before_these_choices_has_the_old_ones(tmp_path: Path) -> None:
