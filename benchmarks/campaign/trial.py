@@ -14,10 +14,12 @@ from torch import Tensor
 from benchmarks.campaign.bench import Bench, Computed, Excess, Point
 from benchmarks.campaign.draw import Coordinates, Drawing
 from benchmarks.campaign.floors import Deviation, Struck, delta_of, deviation
-from benchmarks.campaign.verdict import by_redo, by_votes
+from benchmarks.campaign.sums import on_sum, parts
+from benchmarks.campaign.verdict import by_redo, by_ruling, by_votes
 from diagnostics.faults.models import Damage, damage
 from diagnostics.faults.sites import Census
 from diagnostics.faults.strike import Blow, SavedFlip, Strike, Triggered
+from diagnostics.verify.votes import Ruling
 
 #: A committed update is harmful when some tensor's deviates by more than this many natural floors.
 HARMFUL = 3.0
@@ -78,6 +80,7 @@ class _Committed:
     finite: bool
     ours: int
     peers: int
+    ruling: Ruling | None = None  # on the sum of both ranks' gradients, where a checksum or a copy is not like it
 
 
 class _Trial:
@@ -97,7 +100,7 @@ class _Trial:
                 damaged.enter_context(self._flipped())
             computed = self._bench.compute(self._point.start, self._drawn.index, self._below())
             done = self._commit(computed, damaged)
-        sensed = bool(computed.alarms or computed.error or not done.finite)
+        sensed = bool(computed.alarms or computed.error or not done.finite or done.ruling)
         differs = not sensed and done.ours != done.peers
         found = self._seen.deviation
         judged = done.of_state if self._drawn.operation in _OF_STATE else done.excess
@@ -115,7 +118,7 @@ class _Trial:
             "harms_state": done.of_state.ratio > HARMFUL,
             "caught": sensed or differs,
             "before_commit": sensed,
-            "by": self._by(computed) if sensed else "digest" if differs else "",
+            "by": self._by(computed, done) if sensed else "digest" if differs else "",
             "sensors": sorted({alarm.sensor for alarm in computed.alarms}),
             "named": self._named(computed),
             "auditable": computed.digest != self._point.gradients or bool(computed.error),
@@ -151,19 +154,22 @@ class _Trial:
         alike = drawn.operation not in ("optimizer", "state at rest", "reduced gradient")
         if drawn.site is not None and alike and self._is_clean(computed):
             return _Committed(True, _NOTHING, _NOTHING, True, 0, 0)
+        given = parts(computed.gradients, point.start.peer, drawn.index)
         summed = bench.reduced(point.start, self._sent(computed.gradients))
         finite = math.isfinite(float(torch.linalg.vector_norm(summed, dtype=torch.float64)))
         peers_sum = None if alike else summed.clone()
         if drawn.operation == "reduced gradient":
             self._hit(summed)
             finite = math.isfinite(float(torch.linalg.vector_norm(summed, dtype=torch.float64)))
+        held = summed if peers_sum is None else peers_sum
+        ruling = on_sum(given, summed, held, drawn.index) if bench.guard.enabled else None
         with self._striking_update():
             ours = bench.commit(point.start, summed, computed.counts)
         masked = bench.masked(point)
         excess = (_NOTHING, _NOTHING) if masked else bench.excess(point)
         damaged.close()
         peers = ours if peers_sum is None else bench.commit(point.start, peers_sum, computed.counts)
-        return _Committed(masked, *excess, finite, ours, peers)
+        return _Committed(masked, *excess, finite, ours, peers, ruling)
 
     def _is_clean(self, computed: Computed) -> bool:
         return computed.digest == self._point.gradients and torch.equal(computed.counts, self._point.counts)
@@ -189,9 +195,11 @@ class _Trial:
         # No sensor looks on here: the update has no check, hence no floor.
         return Strike({drawn.site.number: blow}, lambda _func, _args, _kwargs, harm: self._seen(None, (), {}, harm))
 
-    def _by(self, computed: Computed) -> str:
-        """Who saw it first: the sensors, torch itself, or the gate."""
-        return computed.alarms[0].sensor if computed.alarms else "error" if computed.error else "gate"
+    def _by(self, computed: Computed, done: _Committed) -> str:
+        """Who saw it first: the sensors, torch itself, the sum's checksums and copies, or the gate."""
+        if computed.alarms:
+            return computed.alarms[0].sensor
+        return "error" if computed.error else "reduction" if done.ruling else "gate"
 
     def _named(self, computed: Computed) -> bool | None:
         """Whether the first alarm names the module that was struck, or one in it; None without an alarm or a module."""
@@ -202,6 +210,8 @@ class _Trial:
     def _judged(self, computed: Computed, done: _Committed, sensed: bool) -> dict[str, Any]:
         """The verdict on what was caught; nobody votes on a step that ended early."""
         point = self._point
+        if done.ruling is not None and not computed.alarms:
+            return by_ruling(done.ruling)
         if sensed:
             return {} if computed.error else by_votes(computed, point.gradients, self._again)
         return by_redo(done.ours, done.peers, point.clean_digest) if done.ours != done.peers else {}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.campaign.bench import Computed
-from diagnostics.verify.votes import Role, Vote, decide
+from diagnostics.verify.votes import Role, Ruling, Vote, decide
 
 #: The device that is struck, and those that cast the other votes. The suspect's replay is on the device itself.
 STRUCK, PEER, THIRD = "n0", "n1", "n2"
@@ -42,6 +42,12 @@ def by_redo(ours: int, peers: int, clean: int) -> dict[str, Any]:
     """
     wrong = [device for device, state in ((STRUCK, ours), (PEER, peers)) if state != clean]
     return {"verdict": "ROLLED_BACK", "blamed": wrong[0] if len(wrong) == 1 else "", "replays": 1}
+
+
+def by_ruling(ruling: Ruling) -> dict[str, Any]:
+    """A ruling that took no replay."""
+    verdict = "" if ruling.verdict is None else ruling.verdict.value
+    return {"verdict": verdict, "blamed": ruling.blamed_device or "", "replays": 0}
 
 
 def _vote(role: Role, digest: str, alarm: bool, finite: bool) -> Vote:

@@ -119,20 +119,28 @@ def test_below_the_floor_is_below(trials: Trials) -> None:
     assert not line["caught"]
 
 
-def test_what_happens_to_one_ranks_state_shows_in_its_digest(trials: Trials) -> None:
-    for operation in ("optimizer", "reduced gradient"):
-        line = of(trials, operation, Fault("bitflip", 1, bit=29))
-        assert (line["by"], line["before_commit"], line["caught"]) == ("digest", False, True)
-        assert line["blamed"] == "n0"
-        assert not line["auditable"]  # its gradients were right
-        assert (line["floor"], line["above"]) == (None, None)  # and no sensor looks on
+def test_a_wrong_update_shows_in_its_digest(trials: Trials) -> None:
+    line = of(trials, "optimizer", Fault("bitflip", 1, bit=29))
+    assert (line["by"], line["before_commit"], line["caught"]) == ("digest", False, True)
+    assert line["blamed"] == "n0"
+    assert not line["auditable"]  # its gradients were right
+    assert (line["floor"], line["above"]) == (None, None)  # and no sensor looks on
 
 
-def test_what_a_rank_sends_reaches_both_alike(trials: Trials) -> None:
-    """Digests agree on the same wrong state: nothing sees it, and the record says so."""
+def test_a_copy_of_the_sum_that_is_not_like_the_other_is_its_devices(trials: Trials) -> None:
+    line = of(trials, "reduced gradient", Fault("value", 1, 100.0))
+    assert (line["by"], line["before_commit"], line["verdict"], line["blamed"]) == ("reduction", True, "CORRUPT", "n0")
+    # Below the checksum's floor two copies differ and neither is in the majority.
+    line = of(trials, "reduced gradient", Fault("bitflip", 1, bit=0))
+    assert (line["by"], line["verdict"], line["blamed"]) == ("reduction", "UNDECIDED", "")
+
+
+def test_what_was_sent_wrongly_is_not_what_was_summed(trials: Trials) -> None:
+    """Both ranks hold the same wrong sum: digests agree, the parts' checksums do not, and no device is blamed."""
     line = of(trials, "sent gradient", Fault("value", 1, 100.0))
     assert line["harmful"]
-    assert line["by"] in ("", "gate")
+    assert (line["by"], line["before_commit"]) == ("reduction", True)
+    assert (line["verdict"], line["blamed"]) == ("UNDECIDED", "")
 
 
 def test_a_step_that_cannot_go_on_is_caught(trials: Trials) -> None:

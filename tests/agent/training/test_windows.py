@@ -121,9 +121,7 @@ def test_packed_windows_cover_each_position_once_in_an_epoch(tmp_path: Path) -> 
 def test_only_packed_samples_carry_documents(tmp_path: Path) -> None:
     path = token_file(tmp_path).path
     for pack in ("stream", "documents"):
-        assert (Engine(spec(tmp_path, corpus=str(path), pack=pack)).batch(1, 0).documents is None) == (
-            pack == "stream"
-        )
+        assert (Engine(spec(tmp_path, corpus=str(path), pack=pack)).batch(1, 0).documents is None) == (pack == "stream")
 
 
 Reports = list[list[dict[str, Any]]]
