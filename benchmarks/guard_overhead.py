@@ -3,7 +3,7 @@
 A layer as Llama has it (RMSNorm, attention, SwiGLU) and a head, forward and backward, at hidden sizes 256 and 2048 and
 8,192 tokens, fp32 and bf16, 2 threads. Guarded and unguarded steps of one process are taken in turn; a cost is the
 median of the rounds' ratios. Beside each cost stand the coverage and the recall of the very same setting: faults by bit
-flips in the upper half of the number, in an element of at least the rms, of any product of the step. Memory that is
+flips in the upper half of the number, its sign apart, in any element of any product of the step. Memory that is
 freed is kept for the next step, on both sides.
 """
 
@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from agent.training.allocator import keep_memory
 from agent.training.engine import AGAIN
 from benchmarks._figures import Figure, document
 from benchmarks.campaign.intervals import wilson
+from diagnostics.faults.models import Fault
+from diagnostics.faults.sites import Census
+from diagnostics.faults.strike import Blow, Strike
 from diagnostics.sensors.coverage import Coverage
 from diagnostics.sensors.guard import Guard
 
@@ -40,7 +42,7 @@ HEAD = 64
 WARM = 3
 #: Marks: of everything checked, and of a sample, at hidden 2048.
 FULL, SAMPLED = 0.02, 0.008
-_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+_PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
 
 
 class Layer(nn.Module):
@@ -63,35 +65,6 @@ class Layer(nn.Module):
         x = x + self.down(F.silu(self.gate(y)) * self.up(y))
         logits = self.head(self.last(x))
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-class Flip(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Flips one bit of the upper half of an element, of at least the rms, of the n-th product's result; counts them."""
-
-    def __init__(self, at: int, seed: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-        self._at = at
-        self._rng = random.Random(seed)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in _PRODUCTS:
-            if self.count == self._at:
-                self._flip(out.view(-1))
-            self.count += 1
-        return out
-
-    def _flip(self, flat: Tensor) -> None:
-        place = self._rng.randrange(flat.numel())
-        near = flat[place : place + 4096].float()
-        rms = float(near.square().mean().sqrt())
-        place += int((near.abs() >= rms).nonzero()[0])
-        wide = flat.dtype == torch.float32
-        bit = self._rng.randrange(16, 31) if wide else self._rng.randrange(8, 15)
-        flat.view(torch.int32 if wide else torch.int16)[place] ^= 1 << bit
 
 
 @dataclass(frozen=True)
@@ -156,13 +129,17 @@ class Bench:
         return ratios
 
     def recall(self, setting: Setting, faults: int) -> int:
-        """How many of so many faults alarm; each in a step of its own."""
-        counter = Flip(-1, 0)
-        with counter:
+        """How many of so many faults alarm; each in a step of its own, at products spread over the step."""
+        with Census(self.model) as census:
             self.step()
+        products = [site for site in census.sites if site.operator in _PRODUCTS]
         seen = 0
         for number in range(faults):
-            with Flip(number * counter.count // faults, seed=number):
+            site = products[number * len(products) // faults]
+            width = 8 * torch.empty((), dtype=site.results[0].dtype).element_size()
+            bit = random.Random(number).randrange(width // 2, width - 1)
+            blow = Blow(site.operator, Fault("bitflip", number, bit=bit))
+            with Strike({site.number: blow}, lambda *_: None):
                 seen += not self.guarded(setting)
         return seen
 
