@@ -1,11 +1,13 @@
 """How the ranks of a generation divide a step's reduction and update among themselves: all do all of it."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from agent.slots import ShardDigests
+from agent.training.agreement import Again, Hashes, agree
 from agent.training.collective import Group, buckets
 from agent.training.layout import State, StateLayout
 from agent.training.optimizer import Pass, update
@@ -32,11 +34,13 @@ class Division(Protocol):
     def squared_norm(self, gradients: Tensor) -> float:
         """This rank's part of the reduced gradient's squared norm, in float64; over all ranks they add up to it."""
 
-    def advance(self, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, ShardDigests | None]:
-        """Write the state after the step into `new`, whose biases and meta are already there.
+    def advance(
+        self, old: State, new: State, gradients: Tensor, change: Pass, beside: Callable[[], None]
+    ) -> tuple[int, ShardDigests | None]:
+        """Write the state after the step into `new`; `beside` writes the biases and meta there.
 
         Returns the 64-bit digest of the job's state, and those of the shard if it is divided. Raises PeerLost, and
-        Unlike where what ranks hand each other is not what was written.
+        Unlike where what ranks hand each other is not what was written, or what all should make is not the same.
         """
 
     def settle(self, state: State) -> tuple[int, ShardDigests | None]:
@@ -54,6 +58,7 @@ class Replicated:
     def __init__(self, layout: StateLayout, group: Group) -> None:
         self._layout = layout
         self._group = group
+        self._copy = 0  # hash of the step's sum, the same on all ranks once the gate has passed; 0: unchecked
 
     def reduce(self, gradients: Tensor, key: int | None) -> Reduction:
         """Sum in place, bucket by bucket in a fixed order."""
@@ -64,18 +69,33 @@ class Replicated:
         given = self._group.gather_tensor(checksums(parts, weights))
         self._group.reduce(gradients)
         names = [f"bucket {number}" for number in range(len(parts))]
-        return judged(given, checksums(parts, weights), Label("all_reduce", names), digest(gradients))
+        self._copy = digest(gradients)
+        return judged(given, checksums(parts, weights), Label("all_reduce", names), self._copy)
 
     def squared_norm(self, gradients: Tensor) -> float:
         """Each rank takes an equal part of the elements."""
         part = -(-gradients.numel() // self._group.world)
         return squared(gradients[self._group.rank * part : (self._group.rank + 1) * part])
 
-    def advance(self, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, None]:
-        """One pass over the state, which is hashed while it is written."""
-        layout = self._layout
-        totals = update(layout, old, new, gradients, change)
-        return (sum(map(sum, totals)) + digest(new.words[layout.tail :], layout.tail)) & _MASK, None
+    def advance(
+        self, old: State, new: State, gradients: Tensor, change: Pass, beside: Callable[[], None]
+    ) -> tuple[int, None]:
+        """One pass over the state, which is hashed while it is written; all ranks must have made the same.
+
+        Raises Unlike, with the pass's `key`, where they have not. Without a key the next gate tells.
+        """
+
+        def made() -> int:
+            beside()
+            layout = self._layout
+            totals = update(layout, old, new, gradients, change)
+            return (sum(map(sum, totals)) + digest(new.words[layout.tail :], layout.tail)) & _MASK
+
+        first = made()
+        if change.key is not None and self._group.world > 1:
+            known = Hashes(change.state, self._copy)
+            agree(self._group, first, known, lambda: Again(Hashes(self._layout.digest(old), digest(gradients)), made()))
+        return first, None
 
     def settle(self, state: State) -> tuple[int, None]:
         """There is nothing to complete."""

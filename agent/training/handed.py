@@ -11,7 +11,7 @@ from agent.training.optimizer import Pass
 from agent.training.shards import ShardLayout
 from agent.training.spec import Mesh
 from diagnostics.health import Alarm
-from diagnostics.verify.between import Handed, Repeat
+from diagnostics.verify.between import Changed, Handed, Repeat
 
 _SIGN = 1 << 63
 _WORD = 1 << 64
@@ -58,11 +58,14 @@ class Finding:
 
     suspect: int
     alarm: Alarm
-    evidence: Handed | Repeat
+    evidence: Handed | Repeat | Changed
 
 
 class Unlike(Exception):
-    """A state that was about to be committed is not what its owners wrote, on some rank. Every rank raises it."""
+    """A state that was about to be committed is not what its owners wrote, or not the same on all ranks.
+
+    Every rank raises it.
+    """
 
     def __init__(self, findings: tuple[Finding, ...]) -> None:
         super().__init__("; ".join(f"{f.alarm.module} {f.alarm.location}" for f in findings))

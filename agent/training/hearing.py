@@ -11,9 +11,11 @@ from agent.training.replay import Daemon, Judged, Replayer
 from agent.training.seals import Garbled
 from diagnostics.health import Verdict
 from diagnostics.verify.between import (
+    Changed,
     Copy,
     Handed,
     Holder,
+    changed_ruling,
     handed_ruling,
     piece_ruling,
     sum_ruling,
@@ -117,6 +119,8 @@ class Hearing:
         members = [(member.node, member.device) for member in self._replayer.members]
         if isinstance(finding.evidence, Handed):
             return handed_ruling(finding.evidence, members)
+        if isinstance(finding.evidence, Changed):
+            return changed_ruling(finding.evidence, members)
         return update_ruling(finding.evidence, members)
 
     def _judged(self, held: Held, suspect: int, ruling: Ruling | None) -> Judged:

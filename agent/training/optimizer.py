@@ -31,8 +31,8 @@ class AdamW:
 class Pass:
     """One step's pass over the state: `step` counts from 1, summed gradients are multiplied by `coefficient`.
 
-    With a `key`, the same on all ranks, what ranks hand each other in it is checked; `replica` is what the replica in
-    the old state must hash to.
+    With a `key`, the same on all ranks, what ranks hand each other in it is checked; `state` is what the old state was
+    committed with as its digest, `replica` what the replica in it must hash to.
     """
 
     step: int
@@ -40,6 +40,7 @@ class Pass:
     coefficient: float
     settings: AdamW
     key: int | None = None
+    state: int = 0
     replica: int = 0
 
 
@@ -56,8 +57,8 @@ def update(layout: StateLayout, old: State, new: State, gradients: Tensor, chang
     """Write what this rank optimises after the step into `new`; returns, for each piece of the layout, the 64-bit
     hashes of its parameters and of both moments.
 
-    `gradients` (float32 [flat], summed over ranks) is scaled in place by the pass's coefficient. Chunks are visited in
-    a fixed order with a fixed size, so the bits depend on the layout alone.
+    `gradients` (float32 [flat], summed over ranks) stay as they are: a pass that is in doubt is made again. Chunks are
+    visited in a fixed order with a fixed size, so the bits depend on the layout alone.
     """
     totals = []
     for piece in layout.pieces:
@@ -67,7 +68,7 @@ def update(layout: StateLayout, old: State, new: State, gradients: Tensor, chang
             moment = slice(chunk.moment, chunk.moment + chunk.stop - chunk.start)
             targets = (new.parameters[part], new.exp_avg[moment], new.exp_avg_sq[moment])
             sources = (old.parameters[part], old.exp_avg[moment], old.exp_avg_sq[moment])
-            apply(sources, targets, gradients[part].mul_(change.coefficient), change, chunk.decay)
+            apply(sources, targets, gradients[part] * change.coefficient, change, chunk.decay)
             starts = (chunk.start, chunk.moment, chunk.moment)
             for region, (target, start) in enumerate(zip(targets, starts, strict=True)):
                 sums[region] += digest(target, layout.place(layout.word(region, start)))

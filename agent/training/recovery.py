@@ -62,6 +62,15 @@ class Recovery:
         self.source.return_to(self.transaction.record.step - 1, self.generation)
         self._agree()
 
+    def mend(self) -> None:
+        """Give ranks whose committed state changed in memory those of a rank that has it unharmed.
+
+        Raises StateLost if there is none.
+        """
+        if self.source.recover(self.generation) is None:
+            raise StateLost(f"no rank holds step {self.transaction.record.step} unharmed")
+        self._agree()
+
     def parent_step(self) -> int:
         """The newest checkpoint before the state that was restored; 0 if there is none."""
         steps = [int(path.name.rpartition("-")[2]) for path in self.storage.published()]

@@ -13,6 +13,7 @@ from torch import Tensor
 from agent.checkpoint.storage import Storage
 from agent.model.router import updated_bias
 from agent.slots import WAITING, SlotRecord, Slots
+from agent.training.agreement import AT_REST
 from agent.training.checkpointing import Checkpoints, WholeCheckpoints, checkpoints
 from agent.training.collective import Group
 from agent.training.computation import Computation, with_sums
@@ -238,7 +239,7 @@ class Trainer:
                 lr=learning_rate(step, self.engine.preset),
                 coefficient=clip_coefficient(outcome.norm, self.settings.clip, self.group.world),
                 samples=self.group.world * self.engine.preset.micro_batch,
-                router_bias=self._bias(rows),
+                biases=lambda old: self._biases(old, rows),
                 key=key,
             ),
             self.engine.link,
@@ -253,10 +254,8 @@ class Trainer:
         if record.step % self.spec.checkpoint_every == 0 or record.step == self.spec.steps:
             self.checkpoints.start(record, self.transaction.state)
 
-    def _bias(self, rows: list[Row]) -> Tensor:
-        """Router bias after the step, from all ranks' counts (arXiv 2412.19437, section 2.1.2)."""
-        layout = self.engine.layout
-        old = layout.bias_rows(self.transaction.state.router_bias)
+    def _biases(self, old: Tensor, rows: list[Row]) -> Tensor:
+        """Router biases after the step, from all ranks' counts (arXiv 2412.19437, section 2.1.2)."""
         counts = torch.tensor([row.counts for row in rows]).sum(0).view(old.shape)
         return torch.stack([updated_bias(b, c, self.settings.bias_gamma) for b, c in zip(old, counts, strict=True)])
 
@@ -265,6 +264,9 @@ class Trainer:
         self._enter(held.step, "replay")
         trace, heard = self.hearing.hear(held, outcome)
         rulings = [judged.ruling for judged in heard]
+        if any(finding.alarm.sensor == AT_REST for finding in held.findings):
+            self._enter(held.step, "restore")
+            self.recovery.mend()
         if stays := next((r for r in rulings if r.verdict is Verdict.CORRUPT and r.recurrent), None):
             self._enter(held.step, "verdict")
             self._await_replacement(stays)

@@ -22,14 +22,17 @@ class StateLost(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What a commit needs besides the gradients: all of it is the same on every rank."""
+    """What a commit needs besides the gradients: all of it is the same on every rank.
+
+    `biases` makes the router's, float32 [MoE layers, experts], after the step from those before it.
+    """
 
     generation: int
     step: int
     lr: float
     coefficient: float
     samples: int
-    router_bias: Tensor  # float32 [MoE layers, experts], after this step
+    biases: Callable[[Tensor], Tensor]
     key: int | None = None  # what its checks are drawn from; None: unchecked
 
 
@@ -74,7 +77,7 @@ class Transaction:
     def commit(
         self, gradients: Tensor, settings: AdamW, change: Commit, link: LinkOf, division: Division
     ) -> SlotRecord:
-        """Apply the summed `gradients` (scaled in place) and commit; returns the new record.
+        """Apply the summed `gradients` and commit; returns the new record.
 
         What a division raises leaves the committed slot as it was.
         """
@@ -83,20 +86,24 @@ class Transaction:
         old, new = self._states[source], self._states[target]
         before = self.record
         self.slots.invalidate(target)
-        new.router_bias.copy_(old.router_bias)
-        self.layout.bias_rows(new.router_bias).copy_(change.router_bias)
-        new.meta.copy_(old.meta)
-        new.meta[STEP] = change.step
-        new.meta[SAMPLES] += change.samples
-        new.meta[RNG] = change.step
         replica = 0 if before.shard is None else before.shard.replica
-        applied = Pass(change.step, change.lr, change.coefficient, settings, change.key, replica)
-        state_digest, shard = division.advance(old, new, gradients, applied)
+        applied = Pass(change.step, change.lr, change.coefficient, settings, change.key, before.digest, replica)
+        state_digest, shard = division.advance(old, new, gradients, applied, lambda: self._beside(old, new, change))
         chained = link(before.chain, change.step, state_digest)
         record = SlotRecord(change.generation, change.step, state_digest, chained, shard)
         self.slots.write_record(target, record)
         self.slots.commit(target)
         return record
+
+    def _beside(self, old: State, new: State, change: Commit) -> None:
+        """Write what no gradient updates: the router's biases, and what the state says of itself."""
+        new.router_bias.copy_(old.router_bias)
+        rows = self.layout.bias_rows(new.router_bias)
+        rows.copy_(change.biases(self.layout.bias_rows(old.router_bias)))
+        new.meta.copy_(old.meta)
+        new.meta[STEP] = change.step
+        new.meta[SAMPLES] += change.samples
+        new.meta[RNG] = change.step
 
     def own(self) -> int:
         """Digest of this rank's words of the committed state: as they are now, where nobody else updates them.

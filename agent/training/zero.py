@@ -1,6 +1,6 @@
 """ZeRO-1 on a mesh: each rank optimises a dp-th of the state and keeps a replica of its neighbour's shard."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -51,12 +51,15 @@ class Zero1:
         """Checks of each checked `advance`: what arrived of dense, experts and replica, and a block of the update."""
         return 4 if self._mesh.dp > 1 else 0
 
-    def advance(self, old: State, new: State, gradients: Tensor, change: Pass) -> tuple[int, ShardDigests]:
+    def advance(
+        self, old: State, new: State, gradients: Tensor, change: Pass, beside: Callable[[], None]
+    ) -> tuple[int, ShardDigests]:
         """Update the slices, gather everybody's, pass the shard to the neighbour, and agree on the whole's digest.
 
         With the pass's `key`, what arrived is compared with what its owners wrote, and the neighbour repeats a block.
         Raises Unlike, on every rank, if that shows a fault.
         """
+        beside()
         layout, cross = self._layout, self._cross
         checked = change.key is not None and cross is not None
         given = cross.hand(gradients, change.key) if cross is not None and change.key is not None else None

@@ -174,7 +174,7 @@ class Bench:
         return gradients + start.peer
 
     def commit(self, start: Start, summed: Tensor, counts: Tensor) -> int:
-        """Write the state after the step into `after`; its digest. `summed` is scaled in place."""
+        """Write the state after the step into `after`; its digest."""
         old = start.state
         norm = float(torch.linalg.vector_norm(summed, dtype=torch.float64))
         change = Pass(start.step, start.lr, clip_coefficient(norm, self.settings.clip, WORLD), self.settings)

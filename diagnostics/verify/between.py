@@ -137,10 +137,28 @@ def handed_ruling(handed: Handed, members: Sequence[tuple[str, str]]) -> Ruling:
 
 
 @dataclass(frozen=True, slots=True)
-class Repeat:
-    """A block of an update that another rank made otherwise: digests of what each made of the same operands, by rank.
+class Changed:
+    """Something in one rank's memory that no longer hashes to what it did, the same on all ranks."""
 
-    `wrote` is what the owner had written, `made` what the rank that checked it got, `again` what all got afterwards.
+    holder: int
+    what: str
+    was: int
+    now: int
+
+
+def changed_ruling(changed: Changed, members: Sequence[tuple[str, str]]) -> Ruling:
+    """Judge memory that changed: it is the device's that holds it; `members` are nodes and devices in rank order."""
+    node, device = members[changed.holder]
+    reason = f"in memory: the {changed.what} of {node} hashes to {changed.now:016x}, it was {changed.was:016x}"
+    return Ruling(Verdict.CORRUPT, node, device, recurrent=False, needs=None, reason=reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """An update, or a block of one, that another rank made otherwise: digests of what each made of the same operands.
+
+    `wrote` is what the owner had written, `made` what the rank that checked it got, `again` what all got afterwards,
+    by rank.
     """
 
     owner: int
@@ -157,7 +175,7 @@ def update_ruling(repeat: Repeat, members: Sequence[tuple[str, str]]) -> Ruling:
     """
     truth, count = Counter(repeat.again).most_common(1)[0]
     if count < 2 or 2 * count <= len(repeat.again):
-        reason = "in the optimizer: devices differ in the same block of the update, and there is no majority"
+        reason = "in the optimizer: devices differ in the same update, and there is no majority"
         return Ruling(Verdict.UNDECIDED, None, None, recurrent=False, needs=None, reason=reason)
     for rank, first in ((repeat.owner, repeat.wrote), (repeat.checker, repeat.made)):
         if first != truth:
@@ -166,5 +184,5 @@ def update_ruling(repeat: Repeat, members: Sequence[tuple[str, str]]) -> Ruling:
             what = "differs again" if stays else "did not reproduce"
             reason = f"in the optimizer: {count} of {len(repeat.again)} devices make another update than {node}: {what}"
             return Ruling(Verdict.CORRUPT, node, device, recurrent=stays, needs=None, reason=reason)
-    reason = f"in the optimizer: {members[repeat.checker][0]}'s comparison of a block did not reproduce"
+    reason = f"in the optimizer: {members[repeat.checker][0]}'s comparison did not reproduce"
     return Ruling(Verdict.CORRUPT, *members[repeat.checker], recurrent=False, needs=None, reason=reason)

@@ -81,8 +81,7 @@ class Job:
         generator = torch.Generator().manual_seed(step)
         for span in self.layout.spans:
             flat[span.start : span.start + span.size].normal_(0, 1e-2, generator=generator)
-        bias = self.layout.bias_rows(self.transaction.state.router_bias) + 0.001
-        change = Commit(1, step, 1e-3, 1.0, 4, bias)
+        change = Commit(1, step, 1e-3, 1.0, 4, lambda biases: biases + 0.001)
         return self.transaction.commit(flat, AdamW(), change, lambda *parts: 0, self.division).digest
 
     def flip(self, part: str) -> None:

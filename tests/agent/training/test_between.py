@@ -72,6 +72,21 @@ def test_wrong_sums_are_held_and_leave_no_trace(home: Path, whole: str) -> None:
     assert not kinds(reports, "digest_disagreement")
 
 
+def test_a_wrong_update_is_held_and_the_majority_says_whose(home: Path, whole: str) -> None:
+    """An element of a parameter, by one low bit, on one of three ranks."""
+    garbles = [Garble("adamw", 2, 2, call=3, element=77, bit=3), Garble("adamw", 0, 4, element=9, bit=0)]
+    codes, reports = train(home / "updates", garbles=garbles, **WHOLE)
+    assert (codes, end(reports)) == ([0, 0, 0], whole)
+    assert len(kinds(reports, "garbled")) == 2
+    rulings = sorted(kinds(reports, "replay_result"), key=lambda ruling: ruling["step"])
+    found = [(r["step"], r["verdict"], r["blamed_node"], r["recurrent"]) for r in rulings]
+    assert found == [(2, "CORRUPT", "n2", False), (4, "CORRUPT", "n0", False)]
+    assert "3 of 3 devices make another update than n2: did not reproduce" in rulings[0]["reason"]
+    alarms = [alarm["sensor"] for entry in kinds(reports, "gate_alarm") for alarm in entry["alarms"]]
+    assert alarms == ["optimizer", "optimizer"]
+    assert not kinds(reports, "digest_disagreement")
+
+
 def in_the_drawn_block(step: int, rank: int) -> Garble:
     """One bit of one parameter, as the optimizer makes it, where the step's block lies."""
     layout = ShardLayout(

@@ -114,11 +114,26 @@ def test_memory_that_changed_while_nobody_trained_is_replaced_from_the_peer(home
     assert [entry["source"] for entry in kinds(reports, "resumed")] == ["live", "replica"]
 
 
-def test_memory_that_changes_in_a_step_is_rolled_back_and_blamed(home: Path, clean: str) -> None:
-    codes, reports = train(home / "flipped", flip=(1, 3, "forward"))
+@pytest.mark.parametrize("phase", ["forward", "reduce", "commit"])
+def test_memory_that_changes_in_a_step_is_blamed_and_replaced_before_the_commit(
+    home: Path, clean: str, phase: str
+) -> None:
+    """The state of a rank changes before it is used, or between its use and the update."""
+    codes, reports = train(home / f"flipped-{phase}", flip=(1, 3, phase))
     assert (codes, end(reports)) == ([0, 0], clean)
+    (ruling,) = kinds(reports, "replay_result")
+    assert (ruling["step"], ruling["verdict"], ruling["blamed_node"]) == (3, "CORRUPT", "n1")
+    assert "the state of n1 hashes to" in ruling["reason"]
+    assert [alarm["sensor"] for entry in kinds(reports, "gate_alarm") for alarm in entry["alarms"]] == ["at rest"]
+    assert not kinds(reports, "digest_disagreement")
+
+
+def test_without_sensors_the_next_gate_sees_it_and_goes_back(home: Path) -> None:
+    """The negative control: one step late, committed already."""
+    codes, reports = train(home / "flipped-unguarded", flip=(1, 3, "forward"), sensors=False)
     (found,) = kinds(reports, "digest_disagreement")
-    assert (found["step"], found["blamed_rank"]) == (3, 1)
+    assert (codes, found["step"], found["blamed_rank"]) == ([0, 0], 3, 1)
+    assert not kinds(reports, "replay_result")
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(home: Path, clean: str) -> None:
