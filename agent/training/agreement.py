@@ -2,7 +2,8 @@
 
 All make the same update of the same state with the same sum, so their digests are one. Where they are not, each rank
 looks at what it has once more, which no clean step pays for: the state it started from, whose digest was committed; the
-sum, whose hash all compared at the gate; and the update of both, made again.
+sum, whose hash all compared at the gate; and the update of both, made again in other chunks, so that a bad lane meets
+other elements and contradicts itself.
 """
 
 import math

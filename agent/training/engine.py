@@ -2,6 +2,7 @@
 
 import copy
 import math
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -269,6 +270,10 @@ def _echoes(mesh: Mesh) -> ExpertParallel:
     return ExpertParallel(0, Echo(mesh.ep // mesh.local), Echo(mesh.local))
 
 
-def gradient_digest(gradients: Tensor) -> str:
-    """The vote: 16 hex digits over all the bits of a rank's own gradients."""
-    return f"{digest(gradients):016x}"
+def vote_digest(gradients: Tensor, counts: Tensor, loss: float) -> str:
+    """The vote: 16 hex digits over all the bits of what a rank's computation gives to the step.
+
+    Its own gradients, the expert counts that move the router's biases, and the loss.
+    """
+    bits = int.from_bytes(struct.pack("<d", loss), "little")
+    return f"{chain(digest(gradients), digest(counts), bits):016x}"

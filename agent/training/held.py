@@ -45,7 +45,7 @@ class Held:
 def vote_body(vote: Vote) -> dict[str, Any]:
     """A vote as it travels: assay.v1.Vote's fields."""
     body = asdict(vote)
-    del body["finite"]
+    del body["finite"], body["exact"]
     return body
 
 

@@ -10,6 +10,8 @@ from diagnostics.sensors.digest import digest
 
 #: Elements per chunk: 5 arrays of 128 KiB stay in a 2 MiB L2 while a chunk is copied, updated and hashed.
 CHUNK = 32_768
+#: Of a pass that is made again. A multiple of every vector width, so that each element meets the same instructions.
+HALF = CHUNK // 2
 #: Parameters and both moments.
 Triple = tuple[Tensor, Tensor, Tensor]
 _MASK = (1 << 64) - 1
@@ -53,23 +55,26 @@ def clip_coefficient(norm: float, limit: float, world: int) -> float:
     return min(1.0, limit / (mean + 1e-6)) / world
 
 
-def update(layout: StateLayout, old: State, new: State, gradients: Tensor, change: Pass) -> list[tuple[int, int, int]]:
+def update(
+    layout: StateLayout, old: State, new: State, gradients: Tensor, change: Pass, chunk: int = CHUNK
+) -> list[tuple[int, int, int]]:
     """Write what this rank optimises after the step into `new`; returns, for each piece of the layout, the 64-bit
     hashes of its parameters and of both moments.
 
     `gradients` (float32 [flat], summed over ranks) stay as they are: a pass that is in doubt is made again. Chunks are
-    visited in a fixed order with a fixed size, so the bits depend on the layout alone.
+    visited in a fixed order, and their size changes no bit: whoever makes a pass again in other chunks gives every
+    element to another lane.
     """
     totals = []
     for piece in layout.pieces:
         sums = [0, 0, 0]
-        for chunk in _chunks(piece):
-            part = slice(chunk.start, chunk.stop)
-            moment = slice(chunk.moment, chunk.moment + chunk.stop - chunk.start)
-            targets = (new.parameters[part], new.exp_avg[moment], new.exp_avg_sq[moment])
-            sources = (old.parameters[part], old.exp_avg[moment], old.exp_avg_sq[moment])
-            apply(sources, targets, gradients[part] * change.coefficient, change, chunk.decay)
-            starts = (chunk.start, chunk.moment, chunk.moment)
+        for part in _chunks(piece, chunk):
+            dense = slice(part.start, part.stop)
+            moment = slice(part.moment, part.moment + part.stop - part.start)
+            targets = (new.parameters[dense], new.exp_avg[moment], new.exp_avg_sq[moment])
+            sources = (old.parameters[dense], old.exp_avg[moment], old.exp_avg_sq[moment])
+            apply(sources, targets, gradients[dense] * change.coefficient, change, part.decay)
+            starts = (part.start, part.moment, part.moment)
             for region, (target, start) in enumerate(zip(targets, starts, strict=True)):
                 sums[region] += digest(target, layout.place(layout.word(region, start)))
         totals.append((sums[0] & _MASK, sums[1] & _MASK, sums[2] & _MASK))
@@ -107,9 +112,9 @@ def apply(sources: Triple, targets: Triple, gradient: Tensor, change: Pass, deca
             target.copy_(output)
 
 
-def _chunks(piece: Piece) -> list[Piece]:
-    """The piece cut to CHUNK."""
+def _chunks(piece: Piece, size: int) -> list[Piece]:
+    """The piece cut to `size` elements."""
     return [
-        Piece(start, min(start + CHUNK, piece.stop), piece.moment + start - piece.start, piece.decay)
-        for start in range(piece.start, piece.stop, CHUNK)
+        Piece(start, min(start + size, piece.stop), piece.moment + start - piece.start, piece.decay)
+        for start in range(piece.start, piece.stop, size)
     ]

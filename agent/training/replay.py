@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from agent.training.collective import Group
-from agent.training.engine import Engine, gradient_digest
+from agent.training.engine import Engine, vote_digest
 from agent.training.evidence.leave import Left, leave
 from agent.training.held import Held, Member, alarm_body, vote_body
 from agent.training.roles import Roles
 from diagnostics.health import Verdict
+from diagnostics.sensors.tolerance import EXACT
 from diagnostics.verify.votes import Role, Ruling, Vote, decide
 
 #: A spare fetches the state (0.1 s) and recomputes one step; 30 s covers a slow network and a cold worker. The
@@ -139,7 +140,8 @@ class Replayer:
         if role == "original":
             computed = held.computation
             finite = math.isfinite(computed.reading) and math.isfinite(computed.loss)
-            mine = Vote(role, here.node, here.device, os.getpid(), held.original, computed.alarm, finite)
+            exact = any(alarm.sensor in EXACT for alarm in computed.alarms)
+            mine = Vote(role, here.node, here.device, os.getpid(), held.original, computed.alarm, finite, exact=exact)
         elif role is not None:
             with self.roles.acting(held.state, suspect) as engine:
                 mine = recompute(engine, self._scratch_buffer(), held.step, suspect, here, role, number)
@@ -236,7 +238,7 @@ def unless_received(ruling: Ruling) -> Ruling:
 def recompute(
     engine: Engine, gradients: Tensor, step: int, rank: int, here: Member, role: Role, number: int = 1
 ) -> Vote:
-    """One vote: `rank`'s gradients of `step`, computed on this device into `gradients` (float32 [flat]).
+    """One vote: `rank`'s part of `step`, computed on this device into `gradients` (float32 [flat]).
 
     Attempts count from 1 and a replay is none of them, so a transient drill stays silent in it.
     """
@@ -247,7 +249,7 @@ def recompute(
         node=here.node,
         device=here.device,
         pid=os.getpid(),
-        digest=result.deviation or gradient_digest(gradients),
+        digest=result.deviation or vote_digest(gradients, result.counts, result.loss),
         alarm=result.alarm,
         finite=finite,
         number=number,

@@ -18,7 +18,7 @@ from agent.training.checkpointing import Checkpoints, WholeCheckpoints, checkpoi
 from agent.training.collective import Group
 from agent.training.computation import Computation, with_sums
 from agent.training.doubt import Doubt
-from agent.training.engine import Engine, gradient_digest
+from agent.training.engine import Engine, vote_digest
 from agent.training.evidence.leave import tidy
 from agent.training.fingerprint import described
 from agent.training.gate import Decision, Outcome, Row, decide
@@ -196,7 +196,8 @@ class Trainer:
         self.engine.bind(self.transaction.state)
         computation = self.engine.compute(step, self.group.rank, attempt, self.engine.gradients)
         # The reduction overwrites these gradients, so an alarmed rank takes their digest now.
-        return computation, gradient_digest(self.engine.gradients) if computation.alarm else ""
+        digest = vote_digest(self.engine.gradients, computation.counts, computation.loss) if computation.alarm else ""
+        return computation, digest
 
     def _gate(
         self, step: int, attempt: int, computation: Computation | None, copy: int = 0

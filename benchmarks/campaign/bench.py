@@ -20,9 +20,9 @@ from agent.model import PRESETS, V3
 from agent.model.linear import Linear
 from agent.model.router import updated_bias
 from agent.training.data import Corpus, sample_ids
-from agent.training.engine import MOMENTS, gradient_digest
+from agent.training.engine import MOMENTS, vote_digest
 from agent.training.layout import State, StateLayout
-from agent.training.optimizer import AdamW, Pass, clip_coefficient, update
+from agent.training.optimizer import CHUNK, AdamW, Pass, clip_coefficient, update
 from agent.training.schedule import learning_rate
 from benchmarks._fp8_training import Blockwise
 from benchmarks.campaign.reordered import Reordered
@@ -91,6 +91,7 @@ class Point:
     """One point of training with its clean step. `norms` and `floors` are in the order of `Bench.tensors`."""
 
     start: Start
+    before: int  # digest of the state that the step begins with
     clean: State  # after the clean step
     clean_digest: int
     gradients: str  # digest of the clean gradients
@@ -150,7 +151,7 @@ class Bench:
         """
         self.layout.bind(self.model, start.state)
         self.gradients.zero_()
-        counts, error, finite = torch.zeros_like(start.peer_counts), "", False
+        counts, error, loss = torch.zeros_like(start.peer_counts), "", math.nan
         with ExitStack() as stack:
             for context in below:
                 stack.enter_context(context)
@@ -159,26 +160,26 @@ class Bench:
                     result = self.model.loss(start.tokens if tokens is None else tokens)
                     torch.autograd.backward(result.total, result.total.new_full((), self._scale))
                     self.guard.check_finite("loss", result.total)
-                    counts, finite = result.counts, math.isfinite(float(result.total.detach()))
+                    counts, loss = result.counts, float(result.main.detach())
                 except StepDiffers:
                     raise
                 except REFUSED as refused:
                     error = f"{type(refused).__name__}: {refused}"[:200]
         if self._scale != 1.0:
             self.gradients.mul_(1 / self._scale)
-        state = (gradient_digest(self.gradients), finite, counts)
+        state = (vote_digest(self.gradients, counts, loss), math.isfinite(loss), counts)
         return Computed(self.gradients, *state, tuple(sense.alarms), sense.checks, sense.worst, error)
 
     def reduced(self, start: Start, gradients: Tensor) -> Tensor:
         """The sum over both ranks, a tensor of its own."""
         return gradients + start.peer
 
-    def commit(self, start: Start, summed: Tensor, counts: Tensor) -> int:
+    def commit(self, start: Start, summed: Tensor, counts: Tensor, chunk: int = CHUNK) -> int:
         """Write the state after the step into `after`; its digest."""
         old = start.state
         norm = float(torch.linalg.vector_norm(summed, dtype=torch.float64))
         change = Pass(start.step, start.lr, clip_coefficient(norm, self.settings.clip, WORLD), self.settings)
-        hashes = update(self.layout, old, self.after, summed, change)
+        hashes = update(self.layout, old, self.after, summed, change, chunk)
         bias, total = self.layout.bias_rows(old.router_bias), counts + start.peer_counts
         new = torch.stack([updated_bias(b, c, self.settings.bias_gamma) for b, c in zip(bias, total, strict=True)])
         self.layout.bias_rows(self.after.router_bias).copy_(new)
@@ -278,7 +279,8 @@ class Bench:
         if self._committed(start, start.tokens)[:2] != (clean_digest, gradients):
             raise RuntimeError("two clean steps differ: nothing can be compared with them")
         norms = self._distances(clean, held)
-        return Point(start, clean, clean_digest, gradients, counts, norms, self._floors(start, clean) / norms)
+        before = self.layout.digest(held)
+        return Point(start, before, clean, clean_digest, gradients, counts, norms, self._floors(start, clean) / norms)
 
     def _floors(self, start: Start, clean: State) -> Tensor:
         """L2 of each tensor's difference between clean steps whose sums have another order, rms over some orders."""

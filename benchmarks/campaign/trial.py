@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agent.training.agreement import Again, Hashes
+from agent.training.optimizer import HALF
 from benchmarks.campaign.bench import Bench, Computed, Excess, Point
 from benchmarks.campaign.draw import Coordinates, Drawing
 from benchmarks.campaign.floors import Deviation, Struck, delta_of, deviation
 from benchmarks.campaign.sums import on_sum, parts
-from benchmarks.campaign.verdict import by_redo, by_ruling, by_votes
+from benchmarks.campaign.verdict import by_redo, by_ruling, by_votes, on_states
 from diagnostics.faults.models import Damage, damage
 from diagnostics.faults.sites import Census
 from diagnostics.faults.strike import Blow, SavedFlip, Strike, Triggered
+from diagnostics.sensors.digest import digest
 from diagnostics.verify.votes import Ruling
 
 #: A committed update is harmful when some tensor's deviates by more than this many natural floors.
@@ -80,7 +83,8 @@ class _Committed:
     finite: bool
     ours: int
     peers: int
-    ruling: Ruling | None = None  # on the sum of both ranks' gradients, where a checksum or a copy is not like it
+    ruling: Ruling | None = None  # on the sum of both ranks' gradients, or on what they made of it, if it is wrong
+    by: str = "reduction"  # what the ruling is about
 
 
 class _Trial:
@@ -167,9 +171,21 @@ class _Trial:
             ours = bench.commit(point.start, summed, computed.counts)
         masked = bench.masked(point)
         excess = (_NOTHING, _NOTHING) if masked else bench.excess(point)
+        seen = None if peers_sum is None else self._looked_again(summed, computed)
         damaged.close()
         peers = ours if peers_sum is None else bench.commit(point.start, peers_sum, computed.counts)
-        return _Committed(masked, *excess, finite, ours, peers, ruling)
+        by = "reduction"
+        if ruling is None and bench.guard.enabled and peers_sum is not None and seen is not None and ours != peers:
+            known, by = Hashes(point.before, digest(peers_sum)), "states"
+            ruling = on_states((ours, peers), known, (seen, Again(known, peers)))
+        return _Committed(masked, *excess, finite, ours, peers, ruling, by)
+
+    def _looked_again(self, summed: Tensor, computed: Computed) -> Again:
+        """What the struck rank finds when its new state is not the peer's: a defect that stays strikes again."""
+        bench, start = self._bench, self._point.start
+        operands = Hashes(bench.layout.digest(start.state), digest(summed))
+        with self._striking_update(strict=False) if self._drawn.recurrent else nullcontext():
+            return Again(operands, bench.commit(start, summed, computed.counts, HALF))
 
     def _is_clean(self, computed: Computed) -> bool:
         return computed.digest == self._point.gradients and torch.equal(computed.counts, self._point.counts)
@@ -187,19 +203,22 @@ class _Trial:
         part = flat[span.start : span.start + span.size].view(span.shape)
         self._seen(None, (), {}, damage(part, self._drawn.fault))
 
-    def _striking_update(self) -> AbstractContextManager[object]:
+    def _striking_update(self, strict: bool = True) -> AbstractContextManager[object]:
         drawn = self._drawn
         if drawn.operation != "optimizer" or drawn.site is None:
             return nullcontext()
         blow = Blow(drawn.site.operator, drawn.fault, drawn.result)
-        # No sensor looks on here: the update has no check, hence no floor.
-        return Strike({drawn.site.number: blow}, lambda _func, _args, _kwargs, harm: self._seen(None, (), {}, harm))
+
+        def seen(_func: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any], harm: Damage) -> None:
+            self._seen(None, (), {}, harm)  # no sensor looks on here: the update has no check, hence no floor
+
+        return Strike({drawn.site.number: blow}, seen, strict)
 
     def _by(self, computed: Computed, done: _Committed) -> str:
-        """Who saw it first: the sensors, torch itself, the sum's checksums and copies, or the gate."""
+        """Who saw it first: the sensors, torch itself, the checks of the sum, of the new states, or the gate."""
         if computed.alarms:
             return computed.alarms[0].sensor
-        return "error" if computed.error else "reduction" if done.ruling else "gate"
+        return "error" if computed.error else done.by if done.ruling else "gate"
 
     def _named(self, computed: Computed) -> bool | None:
         """Whether the first alarm names the module that was struck, or one in it; None without an alarm or a module."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from agent.training.agreement import Again, Hashes, findings
 from benchmarks.campaign.bench import Computed
+from diagnostics.sensors.tolerance import EXACT
+from diagnostics.verify.between import Changed, Repeat, changed_ruling, update_ruling
 from diagnostics.verify.votes import Role, Ruling, Vote, decide
 
 #: The device that is struck, and those that cast the other votes. The suspect's replay is on the device itself.
@@ -17,11 +20,12 @@ _DEVICES: dict[Role, str] = {"original": STRUCK, "suspect": STRUCK, "peer": PEER
 def by_votes(original: Computed, clean: str, again: Callable[[], Computed | None]) -> dict[str, Any]:
     """Replay until there is a verdict, as `agent.training.replay` does.
 
-    clean: digest of the right gradients, which every other device computes. again: the suspect's replay; None where the
+    clean: digest of the right result, which every other device computes. again: the suspect's replay; None where the
     fault does not come back, and the suspect is right this time.
     """
     finite = original.finite and all(math.isfinite(alarm.reading) for alarm in original.alarms)
-    votes = [_vote("original", original.digest, bool(original.alarms), finite)]
+    exact = any(alarm.sensor in EXACT for alarm in original.alarms)
+    votes = [_vote("original", original.digest, bool(original.alarms), finite, exact)]
     ruling = decide(votes)
     while ruling.needs is not None:
         role = ruling.needs
@@ -50,5 +54,19 @@ def by_ruling(ruling: Ruling) -> dict[str, Any]:
     return {"verdict": verdict, "blamed": ruling.blamed_device or "", "replays": 0}
 
 
-def _vote(role: Role, digest: str, alarm: bool, finite: bool) -> Vote:
-    return Vote(role, _DEVICES[role], _DEVICES[role], 0, digest, alarm, finite)
+def on_states(made: Sequence[int], known: Hashes, seen: Sequence[Again]) -> Ruling:
+    """The ruling on states that differ before they are committed, as ranks with whole copies judge them.
+
+    made: digests of the new states by the struck device and its peer. known: what both started from. seen: what each
+    finds when it looks once more.
+    """
+    evidence = findings(made, known, seen)[0].evidence
+    members = [(STRUCK, STRUCK), (PEER, PEER)]
+    if isinstance(evidence, Changed):
+        return changed_ruling(evidence, members)
+    assert isinstance(evidence, Repeat)
+    return update_ruling(evidence, members)
+
+
+def _vote(role: Role, digest: str, alarm: bool, finite: bool, exact: bool = False) -> Vote:
+    return Vote(role, _DEVICES[role], _DEVICES[role], 0, digest, alarm, finite, exact=exact)

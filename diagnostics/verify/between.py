@@ -171,10 +171,17 @@ class Repeat:
 def update_ruling(repeat: Repeat, members: Sequence[tuple[str, str]]) -> Ruling:
     """Judge an update by the strict majority of the ranks; `members` are their nodes and devices.
 
-    With two ranks it takes both: if they differ again there is nobody to say who is right.
+    With two ranks it takes both. If they differ again, the one that does not make what it made before is to blame; if
+    both stand by theirs, there is nobody to say who is right.
     """
     truth, count = Counter(repeat.again).most_common(1)[0]
     if count < 2 or 2 * count <= len(repeat.again):
+        firsts = ((repeat.owner, repeat.wrote), (repeat.checker, repeat.made))
+        fickle = [rank for rank, first in firsts if first != repeat.again[rank]]
+        if len(fickle) == 1:
+            node, device = members[fickle[0]]
+            reason = f"in the optimizer: {node} makes another update than it did of the same operands"
+            return Ruling(Verdict.CORRUPT, node, device, recurrent=False, needs=None, reason=reason)
         reason = "in the optimizer: devices differ in the same update, and there is no majority"
         return Ruling(Verdict.UNDECIDED, None, None, recurrent=False, needs=None, reason=reason)
     for rank, first in ((repeat.owner, repeat.wrote), (repeat.checker, repeat.made)):

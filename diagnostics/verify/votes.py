@@ -17,7 +17,8 @@ class Vote:
     """One recomputation of the alarmed rank's gradients.
 
     original: the run that alarmed. suspect: its replay on the same device. peer: the same sample ids on another
-    node. third: the same on a node that is neither (the spare). `number` counts the votes of a role, from 1: only a
+    node. third: the same on a node that is neither (the spare). `exact` says of an original that a check without a
+    tolerance alarmed in it. `number` counts the votes of a role, from 1: only a
     suspect casts more than one, and they count as one device.
     """
 
@@ -29,6 +30,7 @@ class Vote:
     alarm: bool
     finite: bool = True
     number: int = 1
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,12 @@ def _agreed(original: Vote, suspect: Vote, peer: Vote) -> Ruling:
         )
     if not (original.finite and suspect.finite and peer.finite):
         return _verdict(Verdict.SOFTWARE, "every device computes the same result, and it is not finite")
+    if original.exact and not suspect.alarm:
+        return _blame(
+            suspect,
+            False,
+            f"did not reproduce: {suspect.node} made other bits once, of which nothing went into the step",
+        )
     return _verdict(Verdict.FALSE_ALARM, f"{suspect.node} and {peer.node} reproduce the run bit for bit")
 
 

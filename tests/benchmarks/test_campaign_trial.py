@@ -60,7 +60,8 @@ def test_a_campaign_keeps_what_it_says(lines: list[dict[str, Any]]) -> None:
         assert line["harms_state"] >= line["harmful"]
         if line.get("verdict") == "CORRUPT":
             assert line["blamed"] == "n0"
-            assert line["replays"] == (3 if line["recurrent"] else 2)
+            by_votes = line["by"] not in ("reduction", "states")
+            assert line["replays"] == (0 if not by_votes else 3 if line["recurrent"] else 2)
     assert any(line["caught"] for line in lines)
     assert any(line["harmful"] for line in lines)
 
@@ -119,12 +120,28 @@ def test_below_the_floor_is_below(trials: Trials) -> None:
     assert not line["caught"]
 
 
-def test_a_wrong_update_shows_in_its_digest(trials: Trials) -> None:
-    line = of(trials, "optimizer", Fault("bitflip", 1, bit=29))
-    assert (line["by"], line["before_commit"], line["caught"]) == ("digest", False, True)
-    assert line["blamed"] == "n0"
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_wrong_update_is_seen_before_it_is_committed(trials: Trials, recurrent: bool) -> None:
+    line = of(trials, "optimizer", Fault("bitflip", 1, bit=29), recurrent=recurrent)
+    assert (line["by"], line["before_commit"], line["caught"]) == ("states", True, True)
+    assert (line["verdict"], line["blamed"], line["replays"]) == ("CORRUPT", "n0", 0)
     assert not line["auditable"]  # its gradients were right
     assert (line["floor"], line["above"]) == (None, None)  # and no sensor looks on
+
+
+def test_memory_that_changed_is_blamed_before_the_commit(trials: Trials) -> None:
+    line = of(trials, "state at rest", Fault("bitflip", 4, bit=20), part="exp_avg")
+    assert (line["by"], line["before_commit"], line["blamed"]) == ("states", True, "n0")
+
+
+def test_without_sensors_states_are_seen_to_differ_at_the_next_gate(trials: Trials) -> None:
+    """The control."""
+    trials.bench.guard.enabled = False
+    try:
+        late = of(trials, "optimizer", Fault("bitflip", 1, bit=29))
+    finally:
+        trials.bench.guard.enabled = True
+    assert (late["by"], late["before_commit"], late["verdict"]) == ("digest", False, "ROLLED_BACK")
 
 
 def test_a_copy_of_the_sum_that_is_not_like_the_other_is_its_devices(trials: Trials) -> None:

@@ -127,6 +127,17 @@ def test_a_third_vote_from_the_suspects_node_does_not_count() -> None:
     assert ruling.verdict is Verdict.UNDECIDED
 
 
+def test_a_check_of_bits_needs_no_other_result_to_be_right() -> None:
+    """Nothing of the wrong value went into the step, but the device made it; without such a check it is a tolerance."""
+    alarmed = vote("original", "x", alarm=True)
+    votes = cast("xxx", original=replace(alarmed, exact=True))
+    ruling = decide(votes)
+    assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, "a", False)
+    assert decide(cast("xxx", original=alarmed)).verdict is Verdict.FALSE_ALARM
+    again = cast("xxx", original=replace(alarmed, exact=True), suspect=vote("suspect", "x", alarm=True))
+    assert decide(again).verdict is Verdict.FALSE_ALARM  # an operator that never repeats: nothing to blame a device for
+
+
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="original"):
         decide([vote("suspect", "x")])

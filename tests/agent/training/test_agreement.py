@@ -47,6 +47,14 @@ def test_one_rank_that_errs_again_is_named_where_there_is_a_majority(world: int,
         assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, f"n{bad}", True)
 
 
+def test_of_two_the_one_that_contradicts_itself_is_named() -> None:
+    """A bad lane that meets other elements the second time."""
+    for bad in (0, 1):
+        first = [WRONG if rank == bad else TRUTH for rank in range(2)]
+        (ruling,) = rulings(first, [Again(KNOWN, WRONG + 1 if rank == bad else TRUTH) for rank in range(2)])
+        assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, f"n{bad}", False)
+
+
 @given(WORLDS, st.data())
 def test_memory_that_changed_is_its_own_devices_and_nobody_votes_on_updates(world: int, data: st.DataObject) -> None:
     bad = data.draw(st.integers(0, world - 1))
