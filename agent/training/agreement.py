@@ -2,8 +2,8 @@
 
 All make the same update of the same state with the same sum, so their digests are one. Where they are not, each rank
 looks at what it has once more, which no clean step pays for: the state it started from, whose digest was committed; the
-sum, whose hash all compared at the gate; and the update of both, made again in other chunks, so that a bad lane meets
-other elements and contradicts itself.
+sum, whose hash all compared at the gate; and the update of both, made again in another order and other chunks, so that
+a device that is bad in one place or at one time contradicts itself.
 """
 
 import math
@@ -37,7 +37,7 @@ class Again:
     made: int
 
 
-def agree(group: Group, made: int, known: Hashes, again: Callable[[], Again]) -> None:
+def agree(group: Group, made: int, known: Hashes, look: Callable[[], Again]) -> None:
     """Compare `made`, the digest of the new state, over the ranks; every rank calls this after each update.
 
     `known` is what the operands must hash to. Raises Unlike on every rank, with a finding for each one that is wrong,
@@ -46,7 +46,7 @@ def agree(group: Group, made: int, known: Hashes, again: Callable[[], Again]) ->
     with group.waiting():
         first = [row[0] % _WORD for row in group.gather([made - _WORD if made >= _SIGN else made])]
     if len(set(first)) > 1:
-        raise Unlike(findings(first, known, group.gather_objects(again())))
+        raise Unlike(findings(first, known, group.gather_objects(look())))
 
 
 def findings(first: Sequence[int], known: Hashes, seen: Sequence[Again]) -> tuple[Finding, ...]:

@@ -10,7 +10,7 @@ from agent.slots import ShardDigests
 from agent.training.agreement import Again, Hashes, agree
 from agent.training.collective import Group, buckets
 from agent.training.layout import State, StateLayout
-from agent.training.optimizer import CHUNK, HALF, Pass, update
+from agent.training.optimizer import Pass, update
 from agent.training.reduction import UNCHECKED, Label, Reduction, judged
 from diagnostics.sensors.collectives import Weights, checksums
 from diagnostics.sensors.digest import digest
@@ -85,18 +85,18 @@ class Replicated:
         Raises Unlike, with the pass's `key`, where they have not. Without a key the next gate tells.
         """
 
-        def made(chunk: int) -> int:
+        def made(again: bool) -> int:
             beside()
             layout = self._layout
-            totals = update(layout, old, new, gradients, change, chunk)
+            totals = update(layout, old, new, gradients, change, again)
             return (sum(map(sum, totals)) + digest(new.words[layout.tail :], layout.tail)) & _MASK
 
-        def again() -> Again:
-            return Again(Hashes(self._layout.digest(old), digest(gradients)), made(HALF))
+        def look() -> Again:
+            return Again(Hashes(self._layout.digest(old), digest(gradients)), made(again=True))
 
-        first = made(CHUNK)
+        first = made(again=False)
         if change.key is not None and self._group.world > 1:
-            agree(self._group, first, Hashes(change.state, self._copy), again)
+            agree(self._group, first, Hashes(change.state, self._copy), look)
         return first, None
 
     def settle(self, state: State) -> tuple[int, None]:

@@ -56,19 +56,19 @@ def clip_coefficient(norm: float, limit: float, world: int) -> float:
 
 
 def update(
-    layout: StateLayout, old: State, new: State, gradients: Tensor, change: Pass, chunk: int = CHUNK
+    layout: StateLayout, old: State, new: State, gradients: Tensor, change: Pass, again: bool = False
 ) -> list[tuple[int, int, int]]:
     """Write what this rank optimises after the step into `new`; returns, for each piece of the layout, the 64-bit
     hashes of its parameters and of both moments.
 
     `gradients` (float32 [flat], summed over ranks) stay as they are: a pass that is in doubt is made again. Chunks are
-    visited in a fixed order, and their size changes no bit: whoever makes a pass again in other chunks gives every
-    element to another lane.
+    visited in a fixed order, backwards and in halves if made `again`. That changes no bit, but a lane, a core or a
+    moment that was bad meets other elements.
     """
     totals = []
-    for piece in layout.pieces:
+    for piece in reversed(layout.pieces) if again else layout.pieces:
         sums = [0, 0, 0]
-        for part in _chunks(piece, chunk):
+        for part in _chunks(piece, HALF if again else CHUNK):
             dense = slice(part.start, part.stop)
             moment = slice(part.moment, part.moment + part.stop - part.start)
             targets = (new.parameters[dense], new.exp_avg[moment], new.exp_avg_sq[moment])
@@ -78,7 +78,7 @@ def update(
             for region, (target, start) in enumerate(zip(targets, starts, strict=True)):
                 sums[region] += digest(target, layout.place(layout.word(region, start)))
         totals.append((sums[0] & _MASK, sums[1] & _MASK, sums[2] & _MASK))
-    return totals
+    return totals[::-1] if again else totals
 
 
 def apply(sources: Triple, targets: Triple, gradient: Tensor, change: Pass, decay: bool) -> None:

@@ -22,7 +22,7 @@ from agent.model.router import updated_bias
 from agent.training.data import Corpus, sample_ids
 from agent.training.engine import MOMENTS, vote_digest
 from agent.training.layout import State, StateLayout
-from agent.training.optimizer import CHUNK, AdamW, Pass, clip_coefficient, update
+from agent.training.optimizer import AdamW, Pass, clip_coefficient, update
 from agent.training.schedule import learning_rate
 from benchmarks._fp8_training import Blockwise
 from benchmarks.campaign.reordered import Reordered
@@ -30,6 +30,7 @@ from diagnostics.faults.strike import StepDiffers
 from diagnostics.health import Alarm
 from diagnostics.sensors.digest import digest
 from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.quiet import quiet
 
 PRESET = PRESETS["tiny"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -174,12 +175,13 @@ class Bench:
         """The sum over both ranks, a tensor of its own."""
         return gradients + start.peer
 
-    def commit(self, start: Start, summed: Tensor, counts: Tensor, chunk: int = CHUNK) -> int:
+    def commit(self, start: Start, summed: Tensor, counts: Tensor, again: bool = False) -> int:
         """Write the state after the step into `after`; its digest."""
         old = start.state
-        norm = float(torch.linalg.vector_norm(summed, dtype=torch.float64))
+        with quiet():  # not a part of the update: a job's ranks take it once for all of them, at the gate
+            norm = float(torch.linalg.vector_norm(summed, dtype=torch.float64))
         change = Pass(start.step, start.lr, clip_coefficient(norm, self.settings.clip, WORLD), self.settings)
-        hashes = update(self.layout, old, self.after, summed, change, chunk)
+        hashes = update(self.layout, old, self.after, summed, change, again)
         bias, total = self.layout.bias_rows(old.router_bias), counts + start.peer_counts
         new = torch.stack([updated_bias(b, c, self.settings.bias_gamma) for b, c in zip(bias, total, strict=True)])
         self.layout.bias_rows(self.after.router_bias).copy_(new)

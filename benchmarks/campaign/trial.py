@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from agent.training.agreement import Again, Hashes
-from agent.training.optimizer import HALF
 from benchmarks.campaign.bench import Bench, Computed, Excess, Point
 from benchmarks.campaign.draw import Coordinates, Drawing
 from benchmarks.campaign.floors import Deviation, Struck, delta_of, deviation
@@ -185,7 +184,7 @@ class _Trial:
         bench, start = self._bench, self._point.start
         operands = Hashes(bench.layout.digest(start.state), digest(summed))
         with self._striking_update(strict=False) if self._drawn.recurrent else nullcontext():
-            return Again(operands, bench.commit(start, summed, computed.counts, HALF))
+            return Again(operands, bench.commit(start, summed, computed.counts, again=True))
 
     def _is_clean(self, computed: Computed) -> bool:
         return computed.digest == self._point.gradients and torch.equal(computed.counts, self._point.counts)

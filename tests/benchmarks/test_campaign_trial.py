@@ -130,7 +130,7 @@ def test_a_wrong_update_is_seen_before_it_is_committed(trials: Trials, recurrent
 
 
 def test_memory_that_changed_is_blamed_before_the_commit(trials: Trials) -> None:
-    line = of(trials, "state at rest", Fault("bitflip", 4, bit=20), part="exp_avg")
+    line = of(trials, "state at rest", Fault("bitflip", 4, bit=20), part="parameters")
     assert (line["by"], line["before_commit"], line["blamed"]) == ("states", True, "n0")
 
 

@@ -65,6 +65,24 @@ def test_regions_fill_the_state_and_parts_carry_its_hash(moments: torch.dtype) -
     assert total == digest(new.words)
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_a_pass_made_again_gives_the_same_bits(moments: torch.dtype) -> None:
+    """Backwards and in halves, over pieces that end within a vector, a half and a chunk."""
+    model = nn.Module()
+    for name, size in (("a", 5), ("b", CHUNK // 2 + 3), ("c", CHUNK + 17), ("d", 3 * CHUNK)):
+        model.register_parameter(name, nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(size))))
+    model.register_buffer("router_bias", torch.ones(5))
+    layout = StateLayout(model, moments)
+    old, new = states(layout, model)
+    change = Pass(1, 1e-3, 0.37, SETTINGS)
+    first = update(layout, old, new, gradients(layout, 1), change)
+    made = new.words.clone()
+    new.words.zero_()
+    assert update(layout, old, new, gradients(layout, 1), change, again=True) == first
+    new.words[layout.tail :] = made[layout.tail :]
+    assert torch.equal(new.words, made)
+
+
 def test_bf16_moments_halve_their_bytes() -> None:
     model = Odd()
     wide, narrow = StateLayout(model), StateLayout(model, torch.bfloat16)
