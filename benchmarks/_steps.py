@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from agent.model import PRESETS, V3, huggingface
 from agent.training.allocator import keep_memory
-from agent.training.engine import AGAIN
+from agent.training.spec import AGAIN
 from diagnostics.sensors.guard import Guard
 
 #: The shape that the targets were set with: `small` with a vocabulary of 4,096, and no MTP module, which Hugging Face

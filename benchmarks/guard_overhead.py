@@ -25,7 +25,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from agent.training.allocator import keep_memory
-from agent.training.engine import AGAIN
+from agent.training.spec import AGAIN
 from benchmarks._figures import Figure, document
 from benchmarks.campaign.intervals import wilson
 from diagnostics.faults.models import Fault

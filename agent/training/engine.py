@@ -35,10 +35,6 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4
 #: Of the optimizer's moments (arXiv 2412.19437, section 3.3.3: bf16 beside FP8); masters and gradients are fp32.
 MOMENTS = {"fp32": torch.float32, "bf16": torch.float32, "fp8": torch.bfloat16}
 
-#: Share of the operators without an identity that a step runs again. All of them would take another half of a step of
-#: `tiny`; spares' audits and digests look at the rest. What is drawn changes with the step.
-AGAIN = 1 / 16
-
 _NO_COUNTS = torch.zeros(0, 0, dtype=torch.int64)
 #: Called as (model, step, attempt); the context surrounds forward and backward. Drills enter here.
 Surround = Callable[[nn.Module, int, int], AbstractContextManager[object]]
@@ -185,7 +181,8 @@ class Engine:
     def _guarded(self, scale: float) -> Guard:
         given = self.spec.tolerances
         table = None if given is None else parse_table(given).over(shipped_table())
-        return Guard(self.model, tolerance_scale=scale, enabled=self.spec.sensors, again=AGAIN, table=table)
+        spec = self.spec
+        return Guard(self.model, tolerance_scale=scale, enabled=spec.sensors, again=spec.again, table=table)
 
     def _clock(self, sense: GuardedStep) -> int:
         first = sense.first_alarm

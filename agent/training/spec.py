@@ -12,6 +12,9 @@ PRECISIONS = ("fp32", "bf16", "fp8")
 #: A suspect's replays of a held step, at most. With two no verdict takes more than three: one, a peer's and a third;
 #: or, where nobody can cast the third, two and a peer's.
 REPLAYS = 2
+#: Share of the operators without an identity that a step runs again. All of them would take another half of a step of
+#: `tiny`; what ranks compare and digests look at the rest. What is drawn changes with the step.
+AGAIN = 1 / 16
 
 
 class SpecError(ValueError):
@@ -107,8 +110,9 @@ class JobSpec:
     `tokenizer` is a tokenizer.json for a corpus of text, or None for bytes; `vocab_size` the model's ids, or None for
     the preset's; `pack` is "stream" (windows anywhere, as if the corpus were one text) or "documents" (windows whose
     documents do not see each other). `replays` is how often a suspect computes a held step again at most, see
-    `diagnostics.verify.votes`; without `evidence` a held step leaves none. Ranks refuse a corpus that has not
-    `corpus_digest`, if there is one. Without a `mesh` every rank holds the whole state; with one, `world` is its dp.
+    `diagnostics.verify.votes`; `again` is the share of operators without an identity that each step runs again; without
+    `evidence` a held step leaves none. Ranks refuse a corpus that has not `corpus_digest`, if there is one. Without a
+    `mesh` every rank holds the whole state; with one, `world` is its dp.
     `tolerances` is the text of a table "assay.tolerances/1" whose entries go before the shipped ones.
     """
 
@@ -131,6 +135,7 @@ class JobSpec:
     corpus_digest: str | None = None
     mesh: Mesh | None = None
     replays: int = REPLAYS
+    again: float = AGAIN
     evidence: EvidenceSettings | None = None
     tolerances: str | None = None
 
@@ -146,6 +151,8 @@ class JobSpec:
                 raise SpecError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not self.tolerance_scale > 0:
             raise SpecError(f"tolerance_scale is {self.tolerance_scale}; it must be above 0")
+        if not 0 <= self.again <= 1:
+            raise SpecError(f"again is {self.again}; it must be a share, 0 to 1")
         if self.tolerances is not None:
             try:
                 parse_table(self.tolerances)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from agent.training.spec import AGAIN
 from benchmarks._figures import Figure
 from benchmarks.campaign.draw import OPERATIONS, PRECISIONS
 from benchmarks.campaign.intervals import wilson
@@ -14,8 +15,6 @@ from benchmarks.campaign.verdict import STRUCK
 Line = Mapping[str, Any]
 #: What the product must reach (sensors.md's table), by the kind of share.
 TARGETS = {"harmful": 0.999, "above the floor": 0.99, "before commit": 0.99, "attribution": 1.0}
-#: Share of the operators without an identity that a job runs again (`agent.training.engine`).
-AGAIN = 1 / 16
 #: Fewer than this in a class say nothing: its interval is wider than 0.2.
 FEWEST = 20
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from controller.cli import checks, drills, evidence, tolerances
 from controller.cli.errors import ConditionError, UsageError
-from controller.cli.presets import LAYERS, REPLAYS
+from controller.cli.presets import AGAIN, LAYERS, REPLAYS
 from controller.cli.rundir import load, unused
 from controller.core.events import Drill
 from controller.store.opening import database_url
@@ -32,6 +32,7 @@ _FROZEN = (
     "checkpoint_every",
     "mesh",
     "replays",
+    "again",
 )
 #: What run.json lacks if the run is older than the choice.
 _BEFORE = {
@@ -41,6 +42,7 @@ _BEFORE = {
     "corpus_digest": None,
     "mesh": None,
     "replays": REPLAYS,
+    "again": AGAIN,
     "evidence": None,
     "tolerances": None,
 }
@@ -158,6 +160,7 @@ def _frozen(options: dict[str, Any]) -> dict[str, Any]:
         "checkpoint_every": options["checkpoint_every"],
         "mesh": options["mesh"],
         "replays": options["replays"],
+        "again": options["again"],
     }
 
 

@@ -17,6 +17,8 @@ ID_BYTES: Mapping[str, int] = MappingProxyType({"tiny": 2 * 128 * 16, "small": 2
 SAMPLE_TOKENS: Mapping[str, int] = MappingProxyType({"tiny": 130, "small": 258})
 #: Replays by a suspect of a held step, at most.
 REPLAYS = 2
+#: Share of operators without an identity that a step runs again, unless the order says otherwise.
+AGAIN = 1 / 16
 
 
 def state_bytes(preset: str, vocab_size: int | None) -> int:

@@ -17,7 +17,7 @@ from controller.cli.errors import INTERRUPTED, OK, CommandError, UnreachableErro
 from controller.cli.follow import Display, follow
 from controller.cli.order import MOST_NODES, Order, new_order, ranks, resumed_order
 from controller.cli.output import output_option, print_json, say
-from controller.cli.presets import LAYERS, REPLAYS, state_bytes
+from controller.cli.presets import AGAIN, LAYERS, REPLAYS, state_bytes
 from controller.cli.reading import queries, told
 from controller.cli.rundir import RunDirectory, claimed, unused
 from controller.cli.session import Session, Stopped, stoppable
@@ -66,6 +66,13 @@ CANCEL_S = 0.5
     default=REPLAYS,
     show_default=True,
     help="Times that a suspect computes a held step again, at most.",
+)
+@click.option(
+    "--again",
+    type=click.FloatRange(0, 1),
+    default=AGAIN,
+    show_default=True,
+    help="Share of the operators without an identity that each step runs again.",
 )
 @click.option(
     "--evidence",

@@ -93,6 +93,9 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 class _Places:
     """Which module's forward is running, and which made an autograd node.
 
+    The sensors name places by means of their own (`diagnostics.sensors.places`): a campaign that took those would never
+    see an alarm that names the wrong module.
+
     Nodes are numbered as they are made; a forward makes those between the numbers at its begin and its end.
     """
 

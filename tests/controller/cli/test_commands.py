@@ -14,12 +14,14 @@ from rundirs import record
 
 from agent.model.presets import PRESETS
 from agent.training.corpora import open_tokens
+from agent.training.spec import AGAIN as JOB_AGAIN
 from agent.training.spec import REPLAYS as JOB_REPLAYS
 from agent.training.spec import JobSpec, Mesh
 from agent.training.token_file import DTYPES, Writer
 from controller.cli import checks
 from controller.cli.main import COMMANDS, call
 from controller.cli.presets import (
+    AGAIN,
     EXPERTS,
     ID_BYTES,
     LAYERS,
@@ -50,6 +52,7 @@ def test_presets_are_those_of_the_model() -> None:
     assert {name: preset.config.num_hidden_layers for name, preset in PRESETS.items()} == dict(LAYERS)
     assert STATE_BYTES.keys() == LAYERS.keys()
     assert REPLAYS == JOB_REPLAYS
+    assert AGAIN == JOB_AGAIN
     assert {name: preset.config.n_routed_experts for name, preset in PRESETS.items()} == dict(EXPERTS)
     assert {name: preset.sample_len for name, preset in PRESETS.items()} == dict(SAMPLE_TOKENS)
     for name, preset in PRESETS.items():
@@ -108,6 +111,8 @@ def test_presets_are_those_of_the_model() -> None:
         (["--evidence", "no-data,size=5GB"], "'size=5GB' is not keep="),
         (["--evidence", "no-data,days=3,days=4"], "days is there twice"),
         (["--replays", "9"], "--replays"),
+        (["--again", "1.5"], "--again"),
+        (["--again", "all"], "--again"),
         (["--mesh", "ep=2"], "dp, the number of ranks, is missing"),
         (["--mesh", "dp=4,ep=3"], "ep=3 does not divide dp=4"),
         (["--mesh", "dp=4,ep=4,local=3"], "local=3 does not divide ep=4"),
@@ -207,6 +212,8 @@ def test_a_mesh_gives_the_number_of_nodes(tmp_path: Path, monkeypatch: pytest.Mo
     parsed = JobSpec.from_json(json.dumps(spec))
     assert (parsed.mesh, parsed.replays) == (Mesh(4, 2), REPLAYS)
     assert _started(["--replays", "5", "--dir", "e"], monkeypatch)["replays"] == 5
+    assert parsed.again == AGAIN
+    assert _started(["--again", "1", "--dir", "f"], monkeypatch)["again"] == 1.0
 
 
 def test_a_resumed_run_keeps_its_mesh(ended: Path, capsys) -> None:

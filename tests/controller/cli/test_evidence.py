@@ -61,6 +61,7 @@ def test_a_resumed_run_may_stop_keeping_data(tmp_path: Path) -> None:
         "checkpoint_every": 10,
         "mesh": None,
         "replays": 2,
+        "again": 0.0625,
         "directory": None,
     }
     assert resumed_order(options, {"steps"}, ()).spec["evidence"] is None  # as it was, before there was a choice
