@@ -299,6 +299,9 @@ class Bench:
         """Digests of the state after a clean step on these tokens and of its gradients, and its counts."""
         computed = self.compute(start, start.step, below, tokens)
         _refuse_alarms(computed)
+        if self.guard.failures:
+            reasons = {row.reason for row in self.guard.coverage() if "failed" in row.reason}
+            raise RuntimeError(f"checks fail in a clean step: {reasons}")
         state = self.commit(start, self.reduced(start, computed.gradients), computed.counts)
         return state, computed.digest, computed.counts
 

@@ -16,6 +16,8 @@ from diagnostics.faults.models import OF_ROWS, Fault, models_for
 from diagnostics.faults.sites import Site
 
 PRECISIONS = ("fp32", "bf16", "fp8")
+#: Precisions of the blocks, in turn: a fault in FP8 takes as long as four in the others, for its emulation.
+TURN = ("fp32", "bf16", "fp8", "fp32", "bf16")
 #: Faults that are tried one after another in one process, and the unit of what is kept.
 BLOCK = 50
 #: A strength is 10^U: from below every floor to far above any value.
@@ -180,4 +182,4 @@ def _fitting(operation: str, models: tuple[str, ...]) -> tuple[str, ...]:
 def placed(index: int, points: int) -> tuple[str, int]:
     """Precision and point of fault number `index`: whole blocks share them."""
     block = index // BLOCK
-    return PRECISIONS[block % len(PRECISIONS)], block // len(PRECISIONS) % points
+    return TURN[block % len(TURN)], block // len(TURN) % points

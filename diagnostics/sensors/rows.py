@@ -78,7 +78,11 @@ def worst_element(out: Tensor, expected: Tensor, limit: Tensor) -> Tensor:
 
 
 def bits(t: Tensor) -> Tensor:
-    """The tensor's bits as integers of the same size, so that NaN equals itself; complex numbers are two each."""
+    """The tensor's bits as integers of the same size, so that NaN equals itself; complex numbers are two each.
+
+    Of a value that torch keeps as the conjugate or the negative of another, the bits are those it stands for.
+    """
+    t = t.resolve_conj().resolve_neg()
     if t.is_complex():
         t = torch.view_as_real(t).flatten(-2)
     return t.view(_INTEGERS[t.element_size()])

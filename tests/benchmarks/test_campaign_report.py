@@ -122,7 +122,7 @@ def test_blocks_hold_every_fault_once_and_share_a_precision() -> None:
         assert {placed(index, 3)[0] for index in block.indices} == {block.place}
         assert len({placed(index, 3)[1] for index in block.indices}) == 1
         assert len(block.indices) <= BLOCK
-    assert {placed(index, 3) for index in range(9 * BLOCK)} == {(p, n) for p in PRECISIONS for n in range(3)}
+    assert {placed(index, 3) for index in range(15 * BLOCK)} == {(p, n) for p in PRECISIONS for n in range(3)}
 
 
 def test_kept_lines_are_whole_and_a_cut_one_is_done_again(tmp_path: Path) -> None:

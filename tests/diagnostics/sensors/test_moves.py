@@ -131,3 +131,16 @@ def test_nothing_is_quiet_and_a_copy_between_devices_is_refused() -> None:
         assert worst(CHECKS, call) == 0.0
     with pytest.raises(Unsupported, match="between devices"):
         checked(CHECKS, Call(aten._to_copy.default, (x.to("meta"),), {}, x), CpuBench())
+
+
+@pytest.mark.parametrize("kind", ["conjugate", "negative"])
+def test_what_torch_keeps_as_a_conjugate_or_a_negative_is_compared_as_it_stands(kind: str) -> None:
+    """The backward of a rotation by complex numbers moves conjugates, and real views of them are negatives."""
+    x = torch.view_as_complex(torch.randn(5, 4, 2, generator=torch.Generator().manual_seed(3))).conj()
+    source = x if kind == "conjugate" else x.imag
+    assert source.is_conj() or source.is_neg()
+    for call in (run(aten.clone.default, source), run(aten._to_copy.default, source), run(aten.copy_.default, x, x)):
+        assert worst(CHECKS, call) == 0.0
+        wrong = call.out.clone()
+        wrong[2, 1] += 1e-6
+        assert worst(CHECKS, with_result(call, wrong)) > 1
