@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from diagnostics.health import Alarm
 from diagnostics.sensors.coverage import Coverage, CoverageRow
-from diagnostics.sensors.inspection import NOT_DRAWN, Inspection
+from diagnostics.sensors.inspection import Inspection
+from diagnostics.sensors.outlay import seconds_an_operator
 from diagnostics.sensors.places import Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
-from diagnostics.sensors.sampling import Sampler
+from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import History, Statistic
 from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
@@ -46,7 +47,8 @@ class Guard:
         model: the module.
         optimizer: what updates it. With it one parameter's update a step is repeated and compared, and parameters and
             moments must be, when the next guarded step begins, what the update left: else that step has an alarm.
-        budget: the checks' share of a step's other time, e.g. 0.01; calls are sampled to keep it. None: no limit.
+        budget: the checks' share of a step's other time, e.g. 0.01, those of the optimizer and the watching of every
+            operator included; calls, updates and tensors at rest are sampled to keep it. None: no limit.
         again: share of the calls of operators without an identity (element-wise work, moves) that are run once more,
             and of the tensors kept for the backward that are hashed.
         tolerance_scale: what every shipped tolerance is multiplied by.
@@ -72,11 +74,11 @@ class Guard:
         self.enabled = enabled
         self.again = again
         self.places = Places(model)
-        self.upkeep = Upkeep(model, optimizer) if optimizer is not None and enabled else None
         self.compiled = any(_is_compiled(module) for module in model.modules())
         self.table = table or shipped_table()
         self.widening = Widening(tolerance_scale)
         self.sampler = Sampler(budget)
+        self.upkeep = Upkeep(model, optimizer, self.sampler) if optimizer is not None and enabled else None
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.log = ReadingLog(self.device)
         self.histories: dict[str, History] = {}
@@ -173,9 +175,8 @@ class GuardedStep:
         """What the optimizer did since the last step, and whether the state is still what it wrote."""
         for site in upkeep.found():
             self._guard.log.append(site, torch.full((1,), math.inf))
-        for reason in upkeep.failures:
-            self._guard.account.count("<optimizer>", "update", "step", False, reason)
-        upkeep.failures.clear()
+        for operation, checked, reason in upkeep.looked():
+            self._guard.account.count("<optimizer>", operation, "step", checked, reason)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         took = time.perf_counter() - self._begun
@@ -185,11 +186,20 @@ class GuardedStep:
         if not guard.enabled:
             return
         guard.failures += self._inspection.failures
-        guard.sampler.spent(self._inspection.seconds, took)
+        self._account_for(took)
         if kind is None and not guard.account.checked and not len(guard.log):
             rows = guard.coverage()
             if all(row.reason != NOT_DRAWN for row in rows):
                 raise NothingToCheck(_nothing(rows))
+
+    def _account_for(self, took: float) -> None:
+        """Tell the sampler what forward and backward took, and the checks in them and since the step before."""
+        guard, eyes = self._guard, self._eyes
+        if guard.sampler.budget is None or eyes is None:
+            return
+        aside = 0.0 if guard.upkeep is None else guard.upkeep.spent()
+        watching = self._inspection.operators * seconds_an_operator(isinstance(eyes, CompiledEyes))
+        guard.sampler.spent(self._inspection.seconds + aside, took + aside, watching)
 
     def abandon(self) -> None:
         """Leave the step's context without an account: it was cut short."""

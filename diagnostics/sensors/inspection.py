@@ -23,11 +23,10 @@ from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
 from diagnostics.sensors.registry import Plan, plan_of
-from diagnostics.sensors.sampling import Sampler
+from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
 
-NOT_DRAWN = "not drawn: a share of the calls is checked"
 NOT_AGAIN = "no identity covers it, and nothing is run again"
 
 
@@ -50,6 +49,7 @@ class Inspection:
         self.skipped: dict[str, int] = {}  # calls that their check could not judge, by reason
         self.failures = 0  # checks that failed themselves
         self.seconds = 0.0  # that the checks took
+        self.operators = 0  # that ran, views too
         self._key = key
         self._places = places
         self._log = log
@@ -64,6 +64,7 @@ class Inspection:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator and look at it."""
+        self.operators += 1
         plan = plan_of(func)
         if plan is None or inside_announced():
             return func(*args, **kwargs)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from diagnostics.sensors.multilinear import MASK, splitmix64
 
-# The share is corrected by what the last step cost, halfway each time, so that one slow step does not empty the next.
-_GAIN = 0.5
+NOT_DRAWN = "not drawn: a share of the calls is checked"
+
+# A step counts 0.7 of the one after it, so that what all checks cost is the mean over some three steps at the present
+# share; the first step, which checks everything but is colder than others, is forgotten within twenty.
+_KEEPS = 0.7
+# One step that drew nothing, or only what is cheap, must not make the next one dear.
+_GROWS = 2.0
 _LEAST = 1e-4
 
 
@@ -23,15 +28,23 @@ class Sampler:
             raise ValueError(f"budget is {budget}, must be a positive fraction of the step's time, e.g. 0.01, or None")
         self.budget = budget
         self.share = 1.0
+        self._checks_s = self._shares = 0.0  # sums over steps, the older ones fading
 
     def draws(self, key: int, call: int, of: float = 1.0) -> bool:
         """Whether the call with this number is checked in the step with this key; `of` is its kind's own share."""
         share = self.share * of
         return share >= 1.0 or splitmix64(splitmix64(key & MASK) ^ call) < share * (MASK + 1)
 
-    def spent(self, checks_s: float, step_s: float) -> None:
-        """A step took so long altogether, of which so long for the checks that were drawn."""
-        if self.budget is None or checks_s <= 0:
+    def spent(self, checks_s: float, step_s: float, watching_s: float = 0.0) -> None:
+        """A step took so long altogether, of which so long for the checks that were drawn.
+
+        watching_s: what it took besides, whatever the share: the budget bears it, and the checks get what is left.
+        """
+        if self.budget is None:
             return
-        wanted = self.share * self.budget * max(step_s - checks_s, 0.0) / checks_s
-        self.share = min(1.0, max(_LEAST, self.share * (wanted / self.share) ** _GAIN if self.share < 1 else wanted))
+        self._checks_s = _KEEPS * self._checks_s + checks_s
+        self._shares = _KEEPS * self._shares + self.share
+        every = self._checks_s / self._shares  # what checking everything would take
+        left = max(0.0, self.budget * max(0.0, step_s - checks_s - watching_s) - watching_s)
+        wanted = left / every if every > 0 else 1.0
+        self.share = min(1.0, max(_LEAST, min(wanted, _GROWS * self.share)))

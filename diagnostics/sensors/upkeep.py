@@ -9,14 +9,15 @@ their next use.
 Does not see: a defect that repeats on the same device (the copy is updated there too); an update of a parameter that
 was not drawn (the chance is 1 in the number of parameters a step; a wrong value that was written is then at rest, and
 looks right); a write between two guarded steps by anybody's intent: it is an alarm as well, see `forget`. Cost: the
-update of one parameter, and two passes over parameters and moments.
+update of one parameter, and two passes over parameters and moments; under a budget, of as many tensors as are drawn.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +27,36 @@ from diagnostics.sensors.digest import digest
 from diagnostics.sensors.multilinear import splitmix64
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import Site
+from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 
 AT_REST = "at rest"
 UPDATE = "optimizer"
 
 
-class Upkeep:
-    """What is known of the optimizer's state, and what has been found wrong since the last guarded step began."""
+class Looked(NamedTuple):
+    """One thing that was checked, or was not because of `reason`: an update, or a tensor at rest."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    operation: str
+    checked: bool
+    reason: str = ""
+
+
+class Upkeep:
+    """What is known of the optimizer's state, and what has been found wrong since the last guarded step began.
+
+    The sampler draws whether an update is repeated, and which tensors are hashed, by the number of the update.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, sampler: Sampler) -> None:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._optimizer = optimizer
+        self._sampler = sampler
         self._steps = 0
         self._copied: tuple[str, nn.Parameter, Optimizer] | None = None
         self._digests: dict[str, int] = {}
         self._found: list[Site] = []
-        self.failures: list[str] = []  # why an update could not be repeated
+        self._looked: list[Looked] = []
+        self._seconds = 0.0
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
@@ -49,13 +64,28 @@ class Upkeep:
 
     def found(self) -> list[Site]:
         """Where an update or the state at rest was wrong since this was asked last; the state is compared now."""
-        for name, value in self._state():
+        begin = time.perf_counter()
+        for name, value in self._state() if self._digests else ():
             known = self._digests.get(name)
-            if known is not None and known != digest(value):
+            if known is None:
+                continue
+            self._looked.append(Looked(AT_REST, True))
+            if known != digest(value):
                 self._found.append(Site(AT_REST, name, "digest", "step", tuple(value.shape)))
         found, self._found = self._found, []
         self._digests.clear()
+        self._seconds += time.perf_counter() - begin
         return found
+
+    def looked(self) -> list[Looked]:
+        """What was checked since this was asked last, and what was not."""
+        looked, self._looked = self._looked, []
+        return looked
+
+    def spent(self) -> float:
+        """Seconds that the checks took since this was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def forget(self) -> None:
         """The state was changed on purpose, e.g. loaded: nothing is compared until the next update."""
@@ -66,26 +96,51 @@ class Upkeep:
         updated = [
             (group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.numel()
         ]
-        if not updated or len(args) > 1 or kwargs.get("closure") is not None:  # args[0] is the optimizer
-            return  # a closure runs the model again: what it changes cannot be copied before
-        group, original = updated[splitmix64(self._steps) % len(updated)]
+        if not updated:
+            return
+        if len(args) > 1 or kwargs.get("closure") is not None:  # args[0] is the optimizer
+            self._looked.append(Looked("update", False, "a closure runs the model again: nothing is copied before"))
+        elif not self._draws(0):
+            self._looked.append(Looked("update", False, NOT_DRAWN))
+        else:
+            begin = time.perf_counter()
+            self._copy(*updated[splitmix64(self._steps) % len(updated)])
+            self._seconds += time.perf_counter() - begin
+
+    def _copy(self, group: dict[str, Any], original: nn.Parameter) -> None:
         try:
-            second = _twin(optimizer, group, original)
+            second = _twin(self._optimizer, group, original)
         except (TypeError, ValueError, RuntimeError) as reason:
-            self.failures.append(f"{type(optimizer).__name__} cannot be made a second time: {reason}")
+            why = f"{type(self._optimizer).__name__} cannot be made a second time: {reason}"
+            self._looked.append(Looked("update", False, why))
             return
         self._copied = (self._names.get(id(original), "<not of the model>"), original, second)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        begin = time.perf_counter()
         if self._copied is not None:
-            name, original, second = self._copied
+            self._repeat(*self._copied)
             self._copied = None
-            twin = second.param_groups[0]["params"][0]
-            with quiet():
-                second.step()
-                if not _same(twin.detach(), original.detach()):
-                    self._found.append(Site(UPDATE, name, type(optimizer).__name__, "step", tuple(original.shape)))
-        self._digests = {name: digest(value) for name, value in self._state()}
+        self._digests = {}
+        for number, (name, value) in enumerate(self._state(), start=1):
+            if self._draws(number):
+                self._digests[name] = digest(value)
+            else:
+                self._looked.append(Looked(AT_REST, False, NOT_DRAWN))
+        self._seconds += time.perf_counter() - begin
+
+    def _repeat(self, name: str, original: nn.Parameter, second: Optimizer) -> None:
+        twin = second.param_groups[0]["params"][0]
+        with quiet():
+            second.step()
+            if not _same(twin.detach(), original.detach()):
+                kind = type(self._optimizer).__name__
+                self._found.append(Site(UPDATE, name, kind, "step", tuple(original.shape)))
+        self._looked.append(Looked("update", True))
+
+    def _draws(self, number: int) -> bool:
+        """Numbers are those of this update; its key is mixed, or it would draw as the step with that key does."""
+        return self._sampler.draws(splitmix64(self._steps), number)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         for group in self._optimizer.param_groups:

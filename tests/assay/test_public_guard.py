@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,11 +261,11 @@ def test_a_sensor_that_fails_is_lost_coverage_and_no_more(monkeypatch: pytest.Mo
 class Trained:
     """A model with its optimizer and guard, taking clean steps."""
 
-    def __init__(self, **kind: Any) -> None:
+    def __init__(self, budget: float | None = None, **kind: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, **kind)
-        self.guard = assay.Guard(self.model, self.optimizer)
+        self.guard = assay.Guard(self.model, self.optimizer, budget)
 
     def step(self) -> list[assay.Alarm]:
         with self.guard.step() as step:
@@ -315,6 +316,46 @@ def test_a_wrong_update_is_seen_when_its_parameter_is_drawn() -> None:
             job.optimizer.step()
         job.optimizer.zero_grad()
     assert 2 <= seen <= 25  # one of four parameters is drawn a step
+
+
+def test_a_budget_samples_what_the_optimizer_wrote_and_coverage_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit of every parameter flips between steps: those alarm that were drawn, and without a budget all of them."""
+    shares = []
+    for budget in (None, 1e6):  # so large that the share changes only where the test says so
+        job = Trained(budget)
+        job.guard.sampler.share = 1.0 if budget is None else 0.3
+        monkeypatch.setattr(job.guard.sampler, "spent", lambda *_: None)
+        alarms = []
+        for _ in range(20):
+            alarms += job.step()
+            for p in job.model.parameters():
+                p.data.view(torch.int32)[(0,) * p.dim()] ^= 1
+        rows = {row.operation: row for row in job.guard.coverage() if row.module == "<optimizer>"}
+        assert rows["at rest"].calls == 19 * 4 * 4  # parameter, two moments, count of steps
+        assert rows["update"].calls == 19
+        assert all(("not drawn" in row.reason) == (row.checked < 1) for row in rows.values())
+        shares.append((len(alarms) / (19 * 4), rows["at rest"].checked, rows["update"].checked))
+    assert shares[0] == (1, 1, 1)
+    assert all(0.1 < share < 0.6 for share in shares[1])
+
+
+@pytest.mark.parametrize("each", [0.0, 100.0])
+def test_the_budget_counts_what_hashing_the_state_takes(monkeypatch: pytest.MonkeyPatch, each: float) -> None:
+    from diagnostics.sensors import upkeep
+
+    now = 0.0
+
+    def hashed(_: Tensor) -> int:
+        nonlocal now
+        now += each  # seconds by the clock below
+        return 0
+
+    monkeypatch.setattr(upkeep, "digest", hashed)
+    monkeypatch.setattr(upkeep, "time", SimpleNamespace(perf_counter=lambda: now))
+    job = Trained(1e3)  # ample for everything else
+    for _ in range(3):
+        job.step()
+    assert (job.guard.sampler.share < 0.05) == (each > 0)
 
 
 def test_data_parallel_training_is_guarded_unchanged(tmp_path: Any) -> None:
