@@ -88,14 +88,27 @@ def bits(t: Tensor) -> Tensor:
     return t.view(_INTEGERS[t.element_size()])
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and type have the same bits; waits for the device."""
+    if _in_words(a) and _in_words(b):
+        return torch.equal(a.view(torch.int64), b.view(torch.int64))  # half the comparisons, or fewer
+    return torch.equal(bits(a), bits(b))
+
+
 def differences(a: Tensor, b: Tensor) -> Tensor:
     """fp32 [rows]: PER_DIFFERENCE for each element of a row of [rows, n] whose bits differ, b being of a's shape.
 
     On a CPU one comparison without a temporary comes first: there the host waits for nobody.
     """
-    if not a.is_cuda and torch.equal(bits(a), bits(b)):
+    if not a.is_cuda and same(a, b):
         return torch.zeros(a.shape[0])
     return torch.count_nonzero(bits(a) != bits(b), dim=-1).float().mul_(PER_DIFFERENCE)
+
+
+def no_differences(t: Tensor) -> Tensor:
+    """fp32 [rows] of zeros: what `differences` of `rows_of` says of a tensor that has none."""
+    rows = t.numel() // max(t.shape[-1], 1) if t.dim() else 1
+    return torch.zeros(rows, device=t.device)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -107,3 +120,12 @@ def rounding(expected: Tensor, dtype: torch.dtype) -> Tensor:
     """How far a value that rounds to `expected` may stand from it in `dtype`, subnormals included; elementwise."""
     info = torch.finfo(dtype)
     return expected.abs().mul_(unit_roundoff(dtype)).add_(info.smallest_normal * info.eps)
+
+
+def _in_words(t: Tensor) -> bool:
+    """Whether it can be seen as 64-bit words."""
+    ratio = 8 // t.element_size() if t.element_size() <= 8 else 0
+    if not ratio or t.is_complex() or not t.dim() or t.stride(-1) != 1:
+        return False
+    places = (t.shape[-1], t.storage_offset(), *t.stride()[:-1])
+    return all(place % ratio == 0 for place in places)
