@@ -24,6 +24,11 @@ class Copies(NamedTuple):
     sizes: list[int]  # rows of the buffer for each place, padding included; 0 for a place without copies
     length: int  # of the buffer, the sum of sizes
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What of it lies in tensors: what autograd is to keep."""
+        return self.rows, self.places, self.spots, self.home
+
 
 def copies(wanted: Tensor, count: int, multiple: int = 1) -> Copies:
     """Lay out one copy of each row for each place that it wants.

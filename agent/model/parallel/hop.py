@@ -79,10 +79,22 @@ def combine(partial: Tensor, trip: Trip, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, _Combine.apply(partial, trip, dtype))  # type: ignore[no-untyped-call]
 
 
+def _keep(ctx: Any, trip: Trip) -> None:
+    """Tensors through autograd, not as attributes: whoever hashes what a step keeps must see where rows went too."""
+    ctx.save_for_backward(*trip.layout.tensors, trip.kept)
+    ctx.transport, ctx.receive = trip.transport, trip.receive
+    ctx.sizes, ctx.length = trip.layout.sizes, trip.layout.length
+
+
+def _kept(ctx: Any) -> Trip:
+    rows, places, spots, home, kept = ctx.saved_tensors
+    return Trip(ctx.transport, Copies(rows, places, spots, home, ctx.sizes, ctx.length), kept, ctx.receive)
+
+
 class _Dispatch(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, trip: Trip, fp8: bool) -> tuple[Tensor, Tensor]:
-        ctx.trip = trip
+        _keep(ctx, trip)
         sent = trip.out((packed(rows) if fp8 else rows).index_select(0, trip.layout.rows))
         arrived = unpacked(sent, rows.shape[1]) if fp8 else sent
         return arrived, trip.out(gates.index_select(0, trip.layout.rows).masked_fill(~trip.kept, 0.0))
@@ -90,7 +102,7 @@ class _Dispatch(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_gates: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        trip = ctx.trip
+        trip = _kept(ctx)
         rows = gathered(trip.back(grad_rows), trip.layout).to(grad_rows.dtype)
         gates = trip.back(grad_gates).masked_fill(~trip.kept, 0.0)
         return rows, gathered(gates, trip.layout), None, None
@@ -99,11 +111,12 @@ class _Dispatch(Function):
 class _Combine(Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, trip: Trip, dtype: torch.dtype) -> Tensor:
-        ctx.trip, ctx.dtype = trip, dtype
+        _keep(ctx, trip)
+        ctx.dtype = dtype
         return gathered(trip.back(partial.to(dtype)), trip.layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        trip = ctx.trip
+        trip = _kept(ctx)
         return trip.out(grad.to(ctx.dtype).index_select(0, trip.layout.rows)).float(), None, None

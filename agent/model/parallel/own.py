@@ -33,13 +33,16 @@ def own_sum(tokens: Tokens, held: int, multiple: int, slices: Slices) -> Tensor:
 class _Spread(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, layout: Copies) -> Tensor:
-        ctx.layout = layout
+        ctx.save_for_backward(*layout.tensors)
+        ctx.sizes, ctx.length = layout.sizes, layout.length
         return spread(rows, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gathered(grad, ctx.layout).to(grad.dtype), None
+        copied, places, spots, home = ctx.saved_tensors
+        layout = Copies(copied, places, spots, home, ctx.sizes, ctx.length)
+        return gathered(grad, layout).to(grad.dtype), None
 
 
 class _Weighted(Function):
@@ -48,15 +51,15 @@ class _Weighted(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, gates: Tensor, order: Tensor, layout: Copies) -> Tensor:
         weights = gates.gather(1, order)
-        ctx.save_for_backward(y, weights, order)
-        ctx.layout, ctx.shape = layout, gates.shape
+        ctx.save_for_backward(y, weights, order, *layout.tensors)
+        ctx.sizes, ctx.length, ctx.shape = layout.sizes, layout.length, gates.shape
         return gathered(y, layout, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y, weights, order = ctx.saved_tensors
-        layout: Copies = ctx.layout
+        y, weights, order, copied, places, spots, home = ctx.saved_tensors
+        layout = Copies(copied, places, spots, home, ctx.sizes, ctx.length)
         at = grad.index_select(0, layout.rows)
         # Copy c is the j-th of its row where home says so; both lists name every copy once.
         of_spot = weights.new_zeros(layout.length + 1).index_put_((layout.home,), weights)

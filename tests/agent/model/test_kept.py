@@ -15,6 +15,7 @@ from agent.model.fp8 import Emulation, Fp8, Recipe
 from agent.model.fp8.recipe import Backend
 from agent.model.fp8.triton import Triton
 from agent.model.linear import Linear
+from agent.model.parallel import Echo, ExpertParallel
 from diagnostics.sensors.guard import Guard
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -49,9 +50,12 @@ def flip(t: Tensor) -> None:
     words[(-1,) * words.dim()] ^= 1
 
 
+@pytest.mark.parametrize("parallel", [None, ExpertParallel(2, Echo(2), Echo(2))], ids=["whole", "divided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_no_tensor_but_parameters_waits_outside_of_autograd(dtype: torch.dtype) -> None:
-    model = V3(PRESETS["tiny"].config, compute_dtype=dtype)
+def test_no_tensor_but_parameters_waits_outside_of_autograd(
+    dtype: torch.dtype, parallel: ExpertParallel | None
+) -> None:
+    model = V3(PRESETS["tiny"].config, compute_dtype=dtype, parallel=parallel)
     tokens = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(4))
     ours = [node for node in nodes(model.loss(tokens).total.grad_fn) if hasattr(node, "__dict__")]
     assert len(ours) > 10
