@@ -178,7 +178,7 @@ def update_ruling(repeat: Repeat, members: Sequence[tuple[str, str]]) -> Ruling:
     if count < 2 or 2 * count <= len(repeat.again):
         firsts = ((repeat.owner, repeat.wrote), (repeat.checker, repeat.made))
         fickle = [rank for rank, first in firsts if first != repeat.again[rank]]
-        if len(fickle) == 1:
+        if len(repeat.again) == 2 and len(fickle) == 1:
             node, device = members[fickle[0]]
             reason = f"in the optimizer: {node} makes another update than it did of the same operands"
             return Ruling(Verdict.CORRUPT, node, device, recurrent=False, needs=None, reason=reason)

@@ -99,15 +99,18 @@ MEMBERS = [(f"n{rank}", f"cpu-n{rank}") for rank in range(4)]
         (7, 8, (7, 7, 7, 7), "n2", False),  # the rank that checked it
         (7, 8, (7, 7, 8, 7), "n2", True),
         (7, 7, (7, 7, 7, 7), "n2", False),  # they agree: it was the comparison
-        (8, 7, (7, 8), None, False),  # two that differ again
+        (8, 7, (7, 8), None, False),  # two, and both make something else
+        (8, 7, (8, 7), None, False),  # both stand by theirs
+        (8, 7, (9, 7), "n0", False),  # one contradicts itself
         (8, 7, (7, 8, 9, 6), None, False),
-        (8, 7, (7, 7), "n1", False),
+        (8, 7, (7, 7), "n0", False),
     ],
 )
 def test_an_update_is_judged_by_the_majority(
     wrote: int, made: int, again: tuple[int, ...], blamed: str | None, recurrent: bool
 ) -> None:
-    ruling = update_ruling(Repeat(1, 2, wrote, made, again), MEMBERS)
+    owner = 1 if len(again) > 2 else 0
+    ruling = update_ruling(Repeat(owner, owner + 1, wrote, made, again), MEMBERS)
     assert (ruling.blamed_node, ruling.recurrent) == (blamed, recurrent)
     assert ruling.verdict is (Verdict.CORRUPT if blamed else Verdict.UNDECIDED)
     assert "in the optimizer" in ruling.reason
