@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 # aten's names by class, for operators that torch's own tags (pointwise, reduction, ...) do not place.
@@ -39,11 +41,13 @@ _KINDS = {name: kind for kind, names in _FAMILIES.items() for name in names.spli
 _ELEMENTWISE = ("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad")
 
 
+@cache
 def name_of(func: torch._ops.OpOverload) -> str:
     """The operator's name without its library and overload: "add_" of aten.add_.Tensor."""
     return str(func.overloadpacket.__name__)
 
 
+@cache
 def is_view(func: torch._ops.OpOverload) -> bool:
     """Whether the operator only looks at its argument's memory in another way: nothing is computed or moved."""
     returned = [value.alias_info for value in func._schema.returns]
@@ -51,11 +55,13 @@ def is_view(func: torch._ops.OpOverload) -> bool:
     return aliased or _KINDS.get(name_of(func)) == "view"
 
 
+@cache
 def is_in_place(func: torch._ops.OpOverload) -> bool:
     """Whether the operator writes to an argument (`out=` overloads included)."""
     return bool(func._schema.is_mutable)
 
 
+@cache
 def kind_of(func: torch._ops.OpOverload) -> str:
     """The operator's class: "view", "random", "blank" (memory that nobody has written), "creation", "product",
     "attention", "softmax", "norm", "loss", "router", "convolution", "reduction", "move", "elementwise" or "unknown"."""

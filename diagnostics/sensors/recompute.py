@@ -16,6 +16,7 @@ Cost: the operator once more, and a pass over its result, element-wise ones in p
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ _UNORDERED = frozenset(
 _WORKSPACES = frozenset({"mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"})
 
 
+@cache
 def why_not(func: torch._ops.OpOverload, device: str, dropout: float | None = None) -> str | None:
     """Why running the operator again on this device type cannot be compared bit for bit; None if it can."""
     kind = kind_of(func)
@@ -141,9 +143,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _dropout(call: Call) -> float | None:
-    if any(declared.name == "dropout_p" for declared in call.func._schema.arguments):
-        return float(argument(call, "dropout_p"))
-    return None
+    return float(argument(call, "dropout_p")) if _drops(call.func) else None
+
+
+@cache
+def _drops(func: torch._ops.OpOverload) -> bool:
+    return any(declared.name == "dropout_p" for declared in func._schema.arguments)
 
 
 def _copied(value: Any) -> Any:
