@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from diagnostics.sensors.spans import Spans
 
 aten = torch.ops.aten
 
@@ -90,70 +90,6 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     return found
 
 
-class _Places:
-    """Which module's forward is running, and which made an autograd node.
-
-    The sensors name places by means of their own (`diagnostics.sensors.places`): a campaign that took those would never
-    see an alarm that names the wrong module.
-
-    Nodes are numbered as they are made; a forward makes those between the numbers at its begin and its end.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._open: list[str] = [""]
-        self._starts = [0]
-        self._names = [""]
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> _Places:
-        for name, module in self._model.named_modules():
-            if name:
-                self._hooks.enter_context(_removed(module.register_forward_pre_hook(self._entering(name))))
-                self._hooks.enter_context(_removed(module.register_forward_hook(self._leaving)))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._hooks.close()
-
-    @property
-    def here(self) -> str:
-        """The innermost module whose forward runs."""
-        return self._open[-1]
-
-    def of(self, node: Any) -> str:
-        """The innermost module whose forward made the node; "" for one that none made."""
-        return self._names[bisect_right(self._starts, node._sequence_nr()) - 1]
-
-    def _entering(self, name: str) -> Callable[..., None]:
-        def enter(*_: object) -> None:
-            self._open.append(name)
-            self._mark()
-
-        return enter
-
-    def _leaving(self, *_: object) -> None:
-        self._open.pop()
-        self._mark()
-
-    def _mark(self) -> None:
-        self._starts.append(torch._C._autograd._get_sequence_nr())
-        self._names.append(self.here)
-
-
-class _removed:
-    """A hook for as long as the context is open."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-
 class Census(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes a site for every operator that makes values while the context is open.
 
@@ -163,20 +99,21 @@ class Census(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sites: list[Site] = []
-        self._places = _Places(model)
+        self._spans = Spans({id(module): name for name, module in model.named_modules()})
+        self._hooks = ExitStack()
         self._number = -1
         # Storages that were the right-hand side of a product in the forward. Weak references keep their addresses from
         # being used again when the backward frees them.
         self._weights: dict[int, StorageWeakRef] = {}
 
     def __enter__(self) -> Census:
-        self._places.__enter__()
+        self._spans.begin(self._hooks)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exit_: Any) -> None:
         super().__exit__(*exit_)  # type: ignore[no-untyped-call]
-        self._places.__exit__(*exit_)
+        self._hooks.close()
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -188,7 +125,7 @@ class Census(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = results(func, args, kwargs or {}, out)
         if made:
             node = torch._C._current_autograd_node()
-            module = self._places.here if node is None else self._places.of(node)
+            module = (self._spans.here if node is None else self._spans.of(node)) or ""
             pass_ = self._pass(func, args, node is None)
             shapes = tuple(Result(tuple(tensor.shape), tensor.dtype) for tensor in made)
             name = "" if node is None else node.name()

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from diagnostics.sensors.spans import Spans
 
 UNNAMED = "<unnamed>"
 
@@ -34,24 +35,23 @@ class _Forward(NamedTuple):
 class Places:
     """Names the place of every operator of a step. Weights may be views, transposes or casts of parameters.
 
-    Modules are followed by torch's global hooks while the step's context is open. Backward operators are matched to
-    their forward by the sequence number that autograd gives both.
+    Modules are followed while the step's context is open (`spans`). Backward operators are matched to their forward by
+    the sequence number that autograd gives both, or to the module that made their node.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modules = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+        self._spans = Spans({id(module): name or type(model).__name__ for name, module in model.named_modules()})
         self._starts: list[int] = []
         self._weights: list[tuple[int, str]] = []
         self.buffers: set[int] = set()  # addresses of the model's buffers
         self._casts: dict[int, tuple[StorageWeakRef, str]] = {}
-        self._stack: list[str] = []
         self._forwards: dict[int, _Forward] = {}
 
     def begin(self, hooks: ExitStack, follow: bool = True) -> None:
         """A step begins: parameters may have moved. `hooks` removes what is registered to follow modules."""
         self._casts.clear()
-        self._stack.clear()
+        self._spans.clear()
         self._forwards.clear()
         spans = sorted(
             (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), self._owner(name))
@@ -62,8 +62,7 @@ class Places:
         self._starts = [start for start, _, _ in spans]
         self._weights = [(stop, name) for _, stop, name in spans]
         if follow:
-            hooks.callback(register_module_forward_pre_hook(self._entered).remove)
-            hooks.callback(register_module_forward_hook(self._left, always_call=True).remove)
+            self._spans.begin(hooks)
 
     def of(self, operands: Sequence[Tensor], product: bool) -> Place:
         """The place of the operator that reads `operands` now."""
@@ -77,7 +76,7 @@ class Places:
         named = self._named(operands)
         if named is not None:
             return Place(named, DGRAD if product else BACKWARD)
-        return Place(self._here() if forward is None else forward.module, BACKWARD)
+        return Place(self._spans.of(node) or UNNAMED if forward is None else forward.module, BACKWARD)
 
     def named(self, weight: Tensor) -> str:
         """The module of a weight; UNNAMED when no parameter of the model lies behind it."""
@@ -129,11 +128,4 @@ class Places:
         return parameter.removesuffix(".weight")
 
     def _here(self) -> str:
-        return self._stack[-1] if self._stack else UNNAMED
-
-    def _entered(self, module: nn.Module, args: Any) -> None:
-        self._stack.append(self._modules.get(id(module), self._here()))
-
-    def _left(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self._stack:
-            self._stack.pop()
+        return self._spans.here or UNNAMED

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sample_model import Sample, batch, gradients
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -129,6 +129,38 @@ def test_names_survive_casts() -> None:
         model(batch(0)).backward()
     names = {alarm.module for alarm in step.alarms}
     assert {"layers.0.mix", "layers.1.experts.1.down", "head"} <= names
+
+
+class Halved(torch.autograd.Function):
+    """Its forward shows no operator that has a node of its own, and its backward reads no weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 0.5
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].sinh()
+
+
+class Halving(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Halved.apply(x)
+
+
+class BadSinh(TorchDispatchMode):
+    """Corrupts every aten.sinh."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out + 1 if func is torch.ops.aten.sinh.default else out
+
+
+def test_the_backward_of_a_function_written_by_hand_goes_by_its_module() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Halving()), nn.Linear(4, 2))
+    with BadSinh(), Guard(model).step(0) as step:
+        model(torch.randn(3, 4)).sum().backward()
+    assert [(alarm.module, alarm.operation, alarm.pass_) for alarm in step.alarms] == [("1.0", "sinh", "backward")]
 
 
 def test_same_key_same_readings() -> None:
