@@ -1,4 +1,4 @@
-"""The ranks of one generation as a process group: fenced rendezvous, fixed buckets, small exchanges in rank order."""
+"""The ranks of one generation as a process group: fenced rendezvous, exchanges in rank order, large and small."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # bound from C++
 
-#: Elements of a gradient bucket (4 MiB): a fixed layout, because gloo's bits depend on it.
-BUCKET = 1 << 20
 #: Longer than any hold at the gate: progress deadlines outside the process find a hang, not this.
 PATIENCE = timedelta(minutes=30)
 #: A generation whose ranks do not all arrive is started again, so waiting for them is bounded more tightly.
@@ -42,19 +40,6 @@ class Group:
         except (RuntimeError, dist.DistError) as error:
             raise PeerLost(f"rendezvous {prefix} at {endpoint}: {error}") from error
 
-    def reduce(self, flat: Tensor) -> None:
-        """Sum `flat` over all ranks in place, bucket by bucket in a fixed order."""
-        if self.world == 1:
-            return
-        for bucket in buckets(flat):
-            self._run(dist.all_reduce, bucket)
-
-    def gather_tensor(self, mine: Tensor) -> Tensor:
-        """All ranks' tensors of one shape and dtype, in rank order: [world, ...]."""
-        whole = mine.new_empty(self.world * mine.numel())
-        self._run(dist.all_gather_single, whole, mine.reshape(-1))
-        return whole.view(self.world, *mine.shape)
-
     def gather(self, row: Sequence[int]) -> list[list[int]]:
         """All ranks' rows of int64, in rank order; every rank gives the same length."""
         mine = torch.tensor(row, dtype=torch.int64)
@@ -78,16 +63,16 @@ class Group:
 
     def among(self, ranks: Sequence[int]) -> "Subgroup":
         """The process group of these ranks; every rank of the generation calls this, members or not."""
-        return Subgroup(run(dist.new_group, list(ranks), PATIENCE), len(ranks))
+        return Subgroup(run(dist.new_group, list(ranks), PATIENCE), tuple(ranks), self.rank)
 
     def everybody(self) -> "Subgroup":
         """All ranks of the generation."""
-        return Subgroup(None, self.world)
+        return Subgroup(None, tuple(range(self.world)), self.rank)
 
     def shift(self, mine: Tensor, before: Tensor) -> None:
         """Send `mine` to the next rank and receive the previous one's into `before`, around the ring."""
         to, source = (self.rank + 1) % self.world, (self.rank - 1) % self.world
-        self._run(_exchange, mine, to, before, source)
+        self._run(_together, [dist.P2POp(dist.isend, mine, to), dist.P2POp(dist.irecv, before, source)])
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -103,18 +88,29 @@ class Group:
 
 
 class Subgroup:
-    """Some ranks of a generation, for what they alone hold; `None` stands for all of them."""
+    """Some ranks of a generation, for what they alone hold; `None` stands for all of them.
 
-    def __init__(self, handle: Any, world: int) -> None:
+    `members` are their numbers in the generation, in rank order, `rank` is this one's.
+    """
+
+    def __init__(self, handle: Any, members: tuple[int, ...], rank: int) -> None:
         self.handle = handle
-        self.world = world
+        self.members = members
+        self.rank = rank
+        self.world = len(members)
 
-    def reduce_scatter(self, whole: Tensor, own: Tensor) -> None:
-        """Sum `whole` over the ranks; each gets its equal part, in their order, in `own`, which lies in `whole`."""
-        if self.world > 1 and whole.numel():
-            summed = torch.empty_like(own)
-            run(dist.reduce_scatter_single, summed, whole, dist.ReduceOp.SUM, self.handle)
-            own.copy_(summed)
+    def trade(self, give: Sequence[Tensor], take: Sequence[Tensor]) -> None:
+        """Send give[i] to the i-th member and receive take[i] from it, all at once; nothing empty, none to itself.
+
+        Both are contiguous; what a member gives has the shape of what the other takes.
+        """
+        pairs = []
+        for peer, mine, theirs in zip(self.members, give, take, strict=True):
+            if peer != self.rank:
+                pairs += [dist.P2POp(dist.isend, mine, peer, self.handle)] if mine.numel() else []
+                pairs += [dist.P2POp(dist.irecv, theirs, peer, self.handle)] if theirs.numel() else []
+        if pairs:
+            run(_together, pairs)
 
     def all_gather(self, whole: Tensor, own: Tensor) -> None:
         """Put every rank's `own` into `whole`, in their order; `own` is a part of `whole`."""
@@ -130,11 +126,6 @@ class Subgroup:
         return arrived
 
 
-def buckets(flat: Tensor) -> list[Tensor]:
-    """The parts of a flat gradient that are summed at once, sharing its memory."""
-    return list(torch.split(flat, BUCKET)) if flat.numel() else []
-
-
 def run(operation: Callable[..., Result], *arguments: Any) -> Result:
     """A collective whose failure means that a rank is gone. Raises PeerLost."""
     try:
@@ -143,10 +134,9 @@ def run(operation: Callable[..., Result], *arguments: Any) -> Result:
         raise PeerLost(f"{operation.__name__}: {error}") from error
 
 
-def _exchange(mine: Tensor, to: int, other: Tensor, source: int) -> None:
-    """Send to one rank and receive from another at once."""
-    pair = [dist.P2POp(dist.isend, mine, to), dist.P2POp(dist.irecv, other, source)]
-    for work in dist.batch_isend_irecv(pair):
+def _together(pairs: list[dist.P2POp]) -> None:
+    """Messages to and from others, all under way before the first is waited for."""
+    for work in dist.batch_isend_irecv(pairs):
         work.wait()
 
 

@@ -62,13 +62,13 @@ def with_seals(computation: Computation, garbled: Sequence[Garbled], pieces: int
 
 
 def with_sums(computation: Computation, reduction: Reduction, exchanges: int) -> Computation:
-    """The computation with the readings of its sums; what alarms in them alone does so after all `exchanges`."""
+    """The computation with the checks of its sums; what alarms in them alone does so after all `exchanges`."""
     return replace(
         computation,
         reading=worst((computation.reading, reduction.reading)),
-        alarm=computation.alarm or bool(reduction.alarms),
+        alarm=computation.alarm or bool(reduction.strays),
         alarms=computation.alarms + reduction.alarms,
-        checks=computation.checks + len(reduction.readings),
+        checks=computation.checks + reduction.checks,
         clock=computation.clock if computation.alarm else exchanges,
     )
 

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from agent.slots import ShardDigests
 from agent.training.agreement import Again, Hashes, agree
-from agent.training.collective import Group, buckets
+from agent.training.collective import Group
 from agent.training.layout import State, StateLayout
 from agent.training.optimizer import Pass, update
-from agent.training.reduction import UNCHECKED, Label, Reduction, judged
-from diagnostics.sensors.collectives import Weights, checksums
+from agent.training.reduction import Reduction
+from agent.training.strays import Explained, explained
+from agent.training.summing import Sum
 from diagnostics.sensors.digest import digest
-
-_MASK = (1 << 64) - 1
+from diagnostics.sensors.multilinear import MASK, signed
 
 
 class Division(Protocol):
@@ -28,11 +28,14 @@ class Division(Protocol):
     def reduce(self, gradients: Tensor, key: int | None) -> Reduction:
         """Sum float32 [flat] over the ranks in place, at least where this rank optimises. Raises PeerLost.
 
-        With a `key`, the same on all ranks, the sums are checked under signs drawn from it.
+        With a `key` all that is given, added and handed out is compared, bit for bit. If some of it failed on any rank,
+        its gate alarms, and the gradients may hold no sum.
         """
 
-    def squared_norm(self, gradients: Tensor) -> float:
-        """This rank's part of the reduced gradient's squared norm, in float64; over all ranks they add up to it."""
+    def explain(self, reduction: Reduction) -> tuple[Explained, ...]:
+        """What there is to judge the last sum by, of all ranks and the same on each; while the gradients are as it left
+        them. Every rank calls it alike. Raises PeerLost.
+        """
 
     def advance(
         self, old: State, new: State, gradients: Tensor, change: Pass, beside: Callable[[], None]
@@ -59,20 +62,29 @@ class Replicated:
         self._layout = layout
         self._group = group
         self._copy = 0  # hash of the step's sum, the same on all ranks once the gate has passed; 0: unchecked
+        self._sum = Sum(group.everybody(), "gradient")
 
     def reduce(self, gradients: Tensor, key: int | None) -> Reduction:
-        """Sum in place, bucket by bucket in a fixed order."""
-        if key is None or self._group.world == 1:
-            self._group.reduce(gradients)
-            return UNCHECKED
-        parts, weights = buckets(gradients), Weights(key)
-        given = self._group.gather_tensor(checksums(parts, weights))
-        self._group.reduce(gradients)
-        names = [f"bucket {number}" for number in range(len(parts))]
-        self._copy = digest(gradients)
-        return judged(given, checksums(parts, weights), Label("all_reduce", names), self._copy)
+        """Each rank adds up an equal part, then all receive all parts.
 
-    def squared_norm(self, gradients: Tensor) -> float:
+        They tell each other the hashes of their parts, and whether what they added was given to them as it had been
+        announced. If not, nothing is handed out: the gradients still hold what was given, to be judged by.
+        """
+        total, checked = self._sum, key is not None and self._group.world > 1
+        total.reduce(gradients, checked)
+        rows = self._group.gather([signed(total.said), len(total.strays)]) if checked else []
+        if any(failed for _, failed in rows):
+            return Reduction(0.0, total.checks, tuple(total.strays))
+        total.gather()
+        norm = self._squared_norm(gradients)
+        self._copy = total.hold([said & MASK for said, _ in rows]) if checked else 0
+        return Reduction(norm, total.checks, tuple(total.strays), self._copy)
+
+    def explain(self, reduction: Reduction) -> tuple[Explained, ...]:
+        """See `Division`."""
+        return explained(self._group, reduction.strays, [self._sum])
+
+    def _squared_norm(self, gradients: Tensor) -> float:
         """Each rank takes an equal part of the elements."""
         part = -(-gradients.numel() // self._group.world)
         return squared(gradients[self._group.rank * part : (self._group.rank + 1) * part])
@@ -89,7 +101,7 @@ class Replicated:
             beside()
             layout = self._layout
             totals = update(layout, old, new, gradients, change, again)
-            return (sum(map(sum, totals)) + digest(new.words[layout.tail :], layout.tail)) & _MASK
+            return (sum(map(sum, totals)) + digest(new.words[layout.tail :], layout.tail)) & MASK
 
         def look() -> Again:
             return Again(Hashes(self._layout.digest(old), digest(gradients)), made(again=True))

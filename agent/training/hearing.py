@@ -12,13 +12,12 @@ from agent.training.seals import Garbled
 from diagnostics.health import Verdict
 from diagnostics.verify.between import (
     Changed,
-    Copy,
     Handed,
     Holder,
     changed_ruling,
     handed_ruling,
     piece_ruling,
-    sum_ruling,
+    sum_rulings,
     tokens_ruling,
     update_ruling,
 )
@@ -27,11 +26,11 @@ from diagnostics.verify.votes import Ruling
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What one rank says of its part in a held step: how it alarmed, if it did, and what it holds of the sum."""
+    """What one rank says of its part in a held step: how it alarmed, if it did, and a hash of its copy of the sum."""
 
     sensors: bool
     garbled: Garbled | None
-    reading: float
+    strays: bool
     copy: int
 
 
@@ -75,7 +74,7 @@ class Hearing:
     def _cases(self, held: Held, outcome: Outcome) -> list[tuple[int, Ruling | None]]:
         """Whom to judge; None where that takes votes. What ranks handed each other no recomputation can judge.
 
-        A sum concerns all ranks, so there is one case about it, however many of them alarmed.
+        A sum concerns all ranks, so who is to blame for it is asked once, however many of them alarmed.
         """
         if held.findings:
             return [(finding.suspect, self._of_finding(finding)) for finding in held.findings]
@@ -84,18 +83,19 @@ class Hearing:
             return [self._of_tokens(held, suspects)]
         told = self._group.gather_objects(_told(held))
         summed = [suspect for suspect in suspects if _in_sums(told, suspect)]
-        cases: list[tuple[int, Ruling | None]] = [self._of_sums(told)] if summed else []
+        cases: list[tuple[int, Ruling | None]] = [*self._of_sums(held, summed[0])] if summed else []
         for suspect in suspects:
             if suspect not in summed:
                 garbled = told[suspect].garbled
                 cases.append((suspect, None if garbled is None else self._of_piece(garbled)))
         return cases
 
-    def _of_sums(self, told: Sequence[Told]) -> tuple[int, Ruling]:
-        members = self._replayer.members
-        copies = [Copy(m.node, m.device, t.reading, t.copy) for m, t in zip(members, told, strict=True)]
-        ruling, lead = sum_ruling(copies)
-        return lead, ruling
+    def _of_sums(self, held: Held, first: int) -> list[tuple[int, Ruling]]:
+        """By what did not compare; copies that differ though nothing else did are nobody's, and summed anew."""
+        parts = [stray.part for stray in held.sums]
+        reason = "in the reduction: copies of the sum differ, though each is what its owners announced"
+        nobody = Ruling(Verdict.UNDECIDED, None, None, recurrent=False, needs=None, reason=reason)
+        return sum_rulings(parts, self._members()) or [(first, nobody)]
 
     def _of_tokens(self, held: Held, suspects: Sequence[int]) -> tuple[int, Ruling]:
         """Each rank of the group computes its part again by itself: who sends other rows now misdirected them."""
@@ -116,32 +116,37 @@ class Hearing:
         )
 
     def _of_finding(self, finding: Finding) -> Ruling:
-        members = [(member.node, member.device) for member in self._replayer.members]
         if isinstance(finding.evidence, Handed):
-            return handed_ruling(finding.evidence, members)
+            return handed_ruling(finding.evidence, self._members())
         if isinstance(finding.evidence, Changed):
-            return changed_ruling(finding.evidence, members)
-        return update_ruling(finding.evidence, members)
+            return changed_ruling(finding.evidence, self._members())
+        return update_ruling(finding.evidence, self._members())
+
+    def _members(self) -> list[tuple[str, str]]:
+        return [(member.node, member.device) for member in self._replayer.members]
 
     def _judged(self, held: Held, suspect: int, ruling: Ruling | None) -> Judged:
         if ruling is None:
             return self._replayer.judge(held, suspect)
-        found = tuple(f.alarm for f in held.findings if f.suspect == suspect)
-        held = replace(held, computation=replace(held.computation, alarms=held.computation.alarms + found))
+        found = [finding.alarm for finding in held.findings if finding.suspect == suspect]
+        summed = [stray.alarm for stray in held.sums if suspect in stray.ends]
+        # The holder of a stray has its alarm already.
+        alarms = tuple(dict.fromkeys((*held.computation.alarms, *found, *summed)))
+        held = replace(held, computation=replace(held.computation, alarms=alarms))
         self._replayer.alarm(held, suspect, (), needs_third=False)
         return Judged(suspect, (), ruling)
 
 
 def _told(held: Held) -> Told:
-    return Told(bool(held.original), held.computation.garbled, held.reduction.reading, held.reduction.copy)
+    return Told(bool(held.original), held.computation.garbled, bool(held.reduction.strays), held.reduction.copy)
 
 
 def _in_sums(told: Sequence[Told], suspect: int) -> bool:
-    """Whether what holds the step at this suspect is the sum: nothing came before it, and it read wrong, or differs."""
+    """Whether what holds the step at this suspect is the sum: nothing came before; parts strayed, or copies differ."""
     one = told[suspect]
     if one.sensors or one.garbled is not None:
         return False
-    return not one.reading <= 1.0 or len({t.copy for t in told}) > 1
+    return one.strays or len({t.copy for t in told}) > 1
 
 
 def unless_spread(heard: Sequence[Judged]) -> list[Judged]:

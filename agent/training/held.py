@@ -7,6 +7,7 @@ from agent.training.computation import Computation
 from agent.training.handed import Finding
 from agent.training.layout import State
 from agent.training.reduction import UNCHECKED, Reduction
+from agent.training.strays import Explained
 from diagnostics.health import Alarm
 from diagnostics.verify.votes import Vote
 
@@ -25,8 +26,8 @@ class Held:
     """A step that the gate holds, on one rank: its own computation, and its digest if it alarmed.
 
     `state` is the committed one: the job's whole state hashed to `digest` then, this rank's words to `own`, and on a
-    mesh its neighbour's shard in it must hash to `replica`. `reduction` is what the check of the sums read, `findings`
-    what kept a state that was made already from being committed.
+    mesh its neighbour's shard in it must hash to `replica`. `reduction` is what summing gave on this rank, `sums` what
+    was wrong in it on any; `findings` are what kept a state that was made already from being committed.
     """
 
     generation: int
@@ -39,6 +40,7 @@ class Held:
     digest: int = 0
     own: int = 0
     reduction: Reduction = UNCHECKED
+    sums: tuple[Explained, ...] = ()
     findings: tuple[Finding, ...] = ()
 
 

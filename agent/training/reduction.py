@@ -1,61 +1,38 @@
-"""A sum over ranks that is checked where it arrives: what its parts said of themselves against what came out."""
+"""What summing a step's gradients over the ranks gave on one of them, and what the checks of it saw."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from agent.training.strays import Stray, alarm_of
 from diagnostics.health import Alarm
-from diagnostics.sensors.collectives import TOTAL, reduction_readings
-
-SENSOR = "reduction"
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """What the checks of a step's sums read on this rank; without any, the check was off or there was one part.
+    """The rank's part of the sum's squared norm; how many comparisons were made, and the `strays`, which failed them.
 
-    `copy` is a hash of the sums where all ranks receive the same; 0 where each gets others.
+    `copy` is a hash of the sums where all ranks hold the same, taken when the norm had been made of them; else 0.
     """
 
-    readings: tuple[float, ...] = ()
-    alarms: tuple[Alarm, ...] = ()
+    squared_norm: float = 0.0
+    checks: int = 0
+    strays: tuple[Stray, ...] = ()
     copy: int = 0
 
     @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """One for each stray."""
+        return tuple(map(alarm_of, self.strays))
+
+    @property
     def reading(self) -> float:
-        """The worst one, NaN if any is; 0.0 without a check."""
-        return worst(self.readings)
-
-    def __add__(self, other: "Reduction") -> "Reduction":
-        return Reduction(self.readings + other.readings, self.alarms + other.alarms, self.copy ^ other.copy)
+        """Bits have no tolerance: 0.0, or infinite."""
+        return math.inf if self.strays else 0.0
 
 
-#: Of one part, or with the sensors off.
+#: Nothing was summed.
 UNCHECKED = Reduction()
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """What an alarm calls a sum: the operation, and each segment's name."""
-
-    operation: str
-    segments: Sequence[str]
-
-
-def judged(parts: Tensor, found: Tensor, label: Label, copy: int = 0) -> Reduction:
-    """Compare sums with their parts: `parts` float64 [ranks, segments, 2], `found` [segments, 2], see `checksums`.
-
-    `copy` is a hash of the sums, if all ranks receive them.
-    """
-    readings = reduction_readings(parts, found[:, TOTAL]).tolist()
-    alarms = tuple(
-        Alarm(SENSOR, name, label.operation, "step", reading, f"the sum of {parts.shape[0]} ranks")
-        for name, reading in zip(label.segments, readings, strict=True)
-        if not reading <= 1.0
-    )
-    return Reduction(tuple(readings), alarms, copy)
 
 
 def worst(readings: Sequence[float]) -> float:

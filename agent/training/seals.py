@@ -16,9 +16,9 @@ from agent.training.collective import run
 from agent.training.spec import Mesh
 from diagnostics.health import Alarm
 from diagnostics.sensors.collectives import piece_hash
+from diagnostics.sensors.multilinear import signed
 from diagnostics.sensors.quiet import quiet
 
-_SIGN = 1 << 63
 _WORD = 1 << 64
 
 
@@ -127,7 +127,7 @@ class Sealed:
         """Tell every peer what was sent to it: int64 [peers, passages], row i to peer i."""
         if not self.passages:
             return []
-        mine = torch.tensor([[_signed(p.sent.hashes[i]) for p in self.passages] for i in range(self.world)])
+        mine = torch.tensor([[signed(p.sent.hashes[i]) for p in self.passages] for i in range(self.world)])
         ones = [1] * self.world
         told = run(self._live.exchange, mine, ones, ones).tolist()
         return [
@@ -142,7 +142,3 @@ def alarm_of(garbled: Garbled) -> Alarm:
     """What is reported of it. There is no tolerance, so the reading is infinite."""
     where = f"from rank {garbled.source} to rank {garbled.destination}"
     return Alarm("exchange", f"exchange {garbled.number}", "all_to_all", "step", math.inf, where)
-
-
-def _signed(value: int) -> int:
-    return value - _WORD if value >= _SIGN else value

@@ -27,7 +27,7 @@ from agent.training.hearing import Hearing
 from agent.training.held import Held, Member
 from agent.training.optimizer import AdamW, clip_coefficient
 from agent.training.recovery import Recovery
-from agent.training.reduction import Reduction
+from agent.training.reduction import UNCHECKED, Reduction
 from agent.training.replay import Daemon, Replayer
 from agent.training.schedule import learning_rate
 from agent.training.seating import divided, seated
@@ -157,14 +157,14 @@ class Trainer:
         key = self._key(step, attempt)
         reduction = self.division.reduce(self.engine.gradients, key)
         computation = with_sums(computation, reduction, self.engine.journal.made)
-        outcome, rows = self._gate(step, attempt, computation, reduction.copy)
+        outcome, rows = self._gate(step, attempt, computation, reduction)
         if outcome.decision is Decision.ROLL_BACK:
             self._roll_back(rows)
             return None
         self.checkpoints.settle(step - 1, rows)
         held = self._held(step, attempt, computation, original, reduction)
         if outcome.decision is not Decision.COMMIT:
-            return held, outcome
+            return replace(held, sums=self.division.explain(reduction)), outcome
         try:
             record = self._commit(step, outcome, rows, key)
         except Unlike as unlike:
@@ -200,7 +200,7 @@ class Trainer:
         return computation, digest
 
     def _gate(
-        self, step: int, attempt: int, computation: Computation | None, copy: int = 0
+        self, step: int, attempt: int, computation: Computation | None, reduction: Reduction = UNCHECKED
     ) -> tuple[Outcome, list[Row]]:
         """One exchange; without a computation it only compares the digests of the last commit."""
         self._enter(step, "gate")
@@ -213,7 +213,7 @@ class Trainer:
             attempt=attempt,
             alarm=computation.alarm if computation else False,
             reading=computation.reading if computation else 0.0,
-            squared_norm=self.division.squared_norm(self.engine.gradients) if computation else 0.0,
+            squared_norm=reduction.squared_norm,
             previous=record.step,
             digest=record.digest,
             loss=computation.loss if computation else 0.0,
@@ -221,7 +221,7 @@ class Trainer:
             clock=computation.clock if computation else 0,
             written=self.checkpoints.written,
             intact=self.own == record.own,
-            copy=copy,
+            copy=reduction.copy,
             astray=computation.astray if computation else 0,
         )
         rows = [Row.unpack(values) for values in self.group.gather(row.pack())]

@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from agent.slots import ShardDigests
-from agent.training.collective import Group, Subgroup
+from agent.training.collective import Group
 from agent.training.crosscheck import CrossCheck
 from agent.training.division import squared
 from agent.training.handed import Told, Unlike, evidence, wrong_in
 from agent.training.layout import State
 from agent.training.optimizer import Pass, update
-from agent.training.reduction import UNCHECKED, Label, Reduction, judged
+from agent.training.reduction import Reduction
 from agent.training.shards import ShardLayout
-from diagnostics.sensors.collectives import Weights, checksums
+from agent.training.strays import Explained, explained
+from agent.training.summing import Sum
 
 _MASK = (1 << 64) - 1
 
@@ -33,18 +34,25 @@ class Zero1:
         peers = [group.among(range(e, mesh.dp, mesh.ep)) for e in range(mesh.ep)]
         self._holders = peers[group.rank % mesh.ep]
         self._all = group.everybody()
+        self._sums = (Sum(self._all, "dense"), Sum(self._holders, "experts"))
         self._cross = CrossCheck(layout, group) if mesh.dp > 1 else None
 
     def reduce(self, gradients: Tensor, key: int | None) -> Reduction:
-        """Sum the rank's own slices in place; the other elements keep what this rank added."""
-        layout = self._layout
-        dense = _scattered(self._all, gradients[: layout.dense], gradients[layout.dense_slice], key, "dense")
-        experts = _scattered(self._holders, gradients[layout.dense :], gradients[layout.expert_slice], key, "experts")
-        return dense + experts
+        """Sum the rank's own slices in place; the other elements keep what this rank gave."""
+        parts = gradients[: self._layout.dense], gradients[self._layout.dense :]
+        for total, part in zip(self._sums, parts, strict=True):
+            total.reduce(part, checked=key is not None)
+            total.place()
+        norm = squared(gradients[self._layout.dense_slice]) + squared(gradients[self._layout.expert_slice])
+        if key is not None:
+            for total in self._sums:
+                total.hold()
+        strays = tuple(stray for total in self._sums for stray in total.strays)
+        return Reduction(norm, sum(total.checks for total in self._sums), strays)
 
-    def squared_norm(self, gradients: Tensor) -> float:
-        """Of the rank's own slices: no element belongs to two ranks."""
-        return squared(gradients[self._layout.dense_slice]) + squared(gradients[self._layout.expert_slice])
+    def explain(self, reduction: Reduction) -> tuple[Explained, ...]:
+        """See `Division`."""
+        return explained(self._group, reduction.strays, self._sums)
 
     @property
     def compared(self) -> int:
@@ -127,14 +135,3 @@ def _written(layout: ShardLayout, hashed: Sequence[tuple[int, int, int]]) -> tup
         sums[piece.start >= layout.dense] += parameters
         sums[2] += first + second
     return sums[0] & _MASK, sums[1] & _MASK, sums[2] & _MASK
-
-
-def _scattered(ranks: Subgroup, whole: Tensor, own: Tensor, key: int | None, name: str) -> Reduction:
-    """Reduce-scatter; every rank tells each other the checksum of the part it gives it, and checks its own sum."""
-    if key is None or ranks.world == 1 or whole.numel() == 0:
-        ranks.reduce_scatter(whole, own)
-        return UNCHECKED
-    weights = Weights(key)
-    given = ranks.transpose(checksums(whole.chunk(ranks.world), weights))
-    ranks.reduce_scatter(whole, own)
-    return judged(given.unsqueeze(1), checksums([own], weights), Label("reduce_scatter", [name]))

@@ -15,7 +15,7 @@ from agent.training.agreement import Again, Hashes
 from benchmarks.campaign.bench import Bench, Computed, Excess, Point
 from benchmarks.campaign.draw import Coordinates, Drawing
 from benchmarks.campaign.floors import Deviation, Struck, delta_of, deviation
-from benchmarks.campaign.sums import on_sum, parts
+from benchmarks.campaign.sums import Hit, on_sum
 from benchmarks.campaign.verdict import by_redo, by_ruling, by_votes, on_states
 from diagnostics.faults.models import Damage, damage
 from diagnostics.faults.sites import Census
@@ -157,15 +157,13 @@ class _Trial:
         alike = drawn.operation not in ("optimizer", "state at rest", "reduced gradient")
         if drawn.site is not None and alike and self._is_clean(computed):
             return _Committed(True, _NOTHING, _NOTHING, True, 0, 0)
-        given = parts(computed.gradients, point.start.peer, drawn.index)
+        ruling = self._of_sum(computed.gradients) if bench.guard.enabled else None
         summed = bench.reduced(point.start, self._sent(computed.gradients))
         finite = math.isfinite(float(torch.linalg.vector_norm(summed, dtype=torch.float64)))
         peers_sum = None if alike else summed.clone()
         if drawn.operation == "reduced gradient":
             self._hit(summed)
             finite = math.isfinite(float(torch.linalg.vector_norm(summed, dtype=torch.float64)))
-        held = summed if peers_sum is None else peers_sum
-        ruling = on_sum(given, summed, held, drawn.index) if bench.guard.enabled else None
         with self._striking_update():
             ours = bench.commit(point.start, summed, computed.counts)
         masked = bench.masked(point)
@@ -195,12 +193,24 @@ class _Trial:
             self._hit(gradients)
         return gradients
 
+    def _of_sum(self, gradients: Tensor) -> Ruling | None:
+        """What the product says of the sum when the fault strikes in it, at another time, in copies of both gradients.
+
+        What would be committed is made apart, since the product hands out no sum of what it saw to be wrong.
+        """
+        operation = self._drawn.operation
+        struck = operation in ("sent gradient", "reduced gradient")
+        hit = Hit(operation == "sent gradient", self._damage) if struck else None
+        return on_sum(self._bench.layout, gradients, self._point.start.peer, hit, self._drawn.index)
+
     def _hit(self, flat: Tensor) -> None:
         """Corrupt the payload of a reduction, within the gradient of one parameter."""
+        self._seen(None, (), {}, self._damage(flat))
+
+    def _damage(self, flat: Tensor) -> Damage:
         spans = self._bench.layout.spans
         span = spans[self._drawn.ordinal % len(spans)]
-        part = flat[span.start : span.start + span.size].view(span.shape)
-        self._seen(None, (), {}, damage(part, self._drawn.fault))
+        return damage(flat[span.start : span.start + span.size].view(span.shape), self._drawn.fault)
 
     def _striking_update(self, strict: bool = True) -> AbstractContextManager[object]:
         drawn = self._drawn
@@ -214,7 +224,7 @@ class _Trial:
         return Strike({drawn.site.number: blow}, seen, strict)
 
     def _by(self, computed: Computed, done: _Committed) -> str:
-        """Who saw it first: the sensors, torch itself, the checks of the sum, of the new states, or the gate."""
+        """Who saw it first: the sensors, torch itself, the comparisons of the sum, of the new states, or the gate."""
         if computed.alarms:
             return computed.alarms[0].sensor
         return "error" if computed.error else done.by if done.ruling else "gate"

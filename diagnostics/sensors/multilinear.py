@@ -167,6 +167,11 @@ def hexdigest(value: int) -> str:
     return f"{value & MASK:016x}"
 
 
+def signed(value: int) -> int:
+    """A digest as torch's int64 carries it; `& MASK` is the way back."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
 def chain(previous: int, *parts: int) -> int:
     """Mix digests into a chained one, 64 bits of blake2b: unlike the sum, order and every earlier link matter."""
     packed = struct.pack(f"<{len(parts) + 1}Q", previous & MASK, *(part & MASK for part in parts))

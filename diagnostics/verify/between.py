@@ -10,58 +10,6 @@ from diagnostics.health import Verdict
 from diagnostics.verify.votes import Ruling
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One rank's copy of a sum over all ranks: the worst reading of its checksum, and its hash (0: not comparable)."""
-
-    node: str
-    device: str
-    reading: float
-    hash: int
-
-    @property
-    def sound(self) -> bool:
-        """Whether it is the sum of what the ranks gave, as far as the checksum sees."""
-        return self.reading <= 1.0
-
-
-def sum_ruling(copies: Sequence[Copy]) -> tuple[Ruling, int]:
-    """Judge a sum that alarmed, or of which ranks hold different copies, given in rank order; and the rank it is about.
-
-    Where all ranks receive the same sum, a single copy that is not like the others is its device's. Votes cannot tell:
-    every rank computes its part again as it did. Where all copies are wrong alike, or each rank receives another part
-    of the sum, others had a hand in it: UNDECIDED, naming the rank whose sum is wrong, and the redo sums anew.
-    """
-    wrong = _wrong(copies)
-    lead = wrong[0] if wrong else 0
-    if len(wrong) == 1 and len({copy.hash for copy in copies}) > 1:
-        odd = copies[lead]
-        others = "the other copies are what was summed" if not odd.sound else "all others are alike"
-        reason = f"in the reduction: {odd.node}'s copy of the sum differs, {others}"
-        return Ruling(Verdict.CORRUPT, odd.node, odd.device, recurrent=False, needs=None, reason=reason), lead
-    return Ruling(Verdict.UNDECIDED, None, None, recurrent=False, needs=None, reason=_undecided(copies, wrong)), lead
-
-
-def _wrong(copies: Sequence[Copy]) -> list[int]:
-    """Ranks whose copy is not the sum; by the checksum, and where it sees nothing, by the majority of equal copies."""
-    unsound = [rank for rank, copy in enumerate(copies) if not copy.sound]
-    if unsound:
-        return unsound
-    held, count = Counter(copy.hash for copy in copies).most_common(1)[0]
-    return [rank for rank, copy in enumerate(copies) if copy.hash != held] if 2 * count > len(copies) else []
-
-
-def _undecided(copies: Sequence[Copy], wrong: Sequence[int]) -> str:
-    if not wrong:
-        return (
-            "in the reduction: copies of the sum differ by less than their checksum sees, and none is in the majority"
-        )
-    names = ", ".join(copies[rank].node for rank in wrong)
-    if len(wrong) == len(copies):
-        return "in the reduction: no rank holds the sum of what the ranks gave"
-    return f"in the reduction: what {names} holds is not the sum of what the ranks gave"
-
-
 def tokens_ruling(deviating: Mapping[int, tuple[str, str]], first: int) -> tuple[Ruling, int]:
     """Judge tokens that did not come to the experts that were chosen, though each piece arrived as it was sent.
 
@@ -87,24 +35,24 @@ class Holder:
     again: int
 
 
-def piece_ruling(source: Holder, destination: Holder) -> Ruling:
-    """Judge a piece that did not arrive as it was announced; `source.first` was the announcement.
+def piece_ruling(source: Holder, destination: Holder, where: str = "an exchange") -> Ruling:
+    """Judge a piece that did not arrive as it was announced; `source.first` was the announcement. `where` is told.
 
     What a device sent itself is its own fault. Else both ends keep what they sent and received. Whoever does not hash
     it as before is to blame; else it changed on its way between them, and no recomputation can tell whose network or
     memory it was: UNDECIDED, and it is sent again.
     """
     if source.device == destination.device:
-        reason = f"in an exchange: a piece changed on its way from {source.node} to itself"
+        reason = f"in {where}: a piece changed on its way from {source.node} to itself"
         return Ruling(Verdict.CORRUPT, source.node, source.device, recurrent=False, needs=None, reason=reason)
     for end, what in ((source, "sent"), (destination, "received")):
         if end.again != end.first:
-            reason = f"in an exchange: what {end.node} {what} does not hash as it did: did not reproduce"
+            reason = f"in {where}: what {end.node} {what} does not hash as it did: did not reproduce"
             return Ruling(Verdict.CORRUPT, end.node, end.device, recurrent=False, needs=None, reason=reason)
     if source.first == destination.first:
-        told = f"in an exchange: the hash of a piece changed on its way from {source.node} to {destination.node}"
+        told = f"in {where}: the hash of a piece changed on its way from {source.node} to {destination.node}"
     else:
-        told = f"in an exchange: a piece changed on its way from {source.node} to {destination.node}"
+        told = f"in {where}: a piece changed on its way from {source.node} to {destination.node}"
     return Ruling(Verdict.UNDECIDED, None, None, recurrent=False, needs=None, reason=told)
 
 
@@ -124,16 +72,87 @@ class Handed:
     alone: bool
 
 
-def handed_ruling(handed: Handed, members: Sequence[tuple[str, str]]) -> Ruling:
+def handed_ruling(handed: Handed, members: Sequence[tuple[str, str]], where: str = "an exchange") -> Ruling:
     """Judge a part of a state that arrived otherwise; `members` are the ranks' nodes and devices, in rank order."""
     node, device = members[handed.holder]
     if handed.alone:
-        reason = f"in an exchange: {node} alone does not hold what all were sent"
+        reason = f"in {where}: {node} alone does not hold what all were sent"
         return Ruling(Verdict.CORRUPT, node, device, recurrent=False, needs=None, reason=reason)
     return piece_ruling(
         Holder(*members[handed.source], handed.written, handed.written_again),
         Holder(node, device, handed.held, handed.held_again),
+        where,
     )
+
+
+#: What a part of a sum was when it was not what it should be: given to be summed, added up, handed to the others.
+GIVEN, ADDED, GATHERED = "given", "added", "gathered"
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A part of a sum over ranks that its holder has otherwise than its source announced; `what`: see above.
+
+    Of what was ADDED otherwise than before, source and holder are the rank that added.
+    """
+
+    what: str
+    piece: Handed
+
+
+def sum_rulings(parts: Sequence[Summed], members: Sequence[tuple[str, str]]) -> list[tuple[int, Ruling]]:
+    """Judge a sum over ranks by the parts of it that are wrong: every rank to blame, with its ruling.
+
+    Who added otherwise than before, or does not hash as before what it gave or holds, is CORRUPT. What is left changed
+    between two ranks. If it is several parts and one rank is an end of each, that one is CORRUPT. A single part of the
+    sum that one rank holds otherwise, though its owner and everybody else stand by it, is that rank's. Where else it
+    was on its way nobody can tell: UNDECIDED, about the first holder. `members` are the ranks' nodes and devices.
+    """
+    found: dict[int, Ruling] = {}
+    for part in parts:
+        if (rank := _at_fault(part)) is not None:
+            found.setdefault(rank, _of_end(part, members))
+    rest = [part for part in parts if not found.keys() & _ends(part)]
+    if rest:
+        found.update([_on_its_way(rest, members)])
+    return list(found.items())
+
+
+def _at_fault(part: Summed) -> int | None:
+    """The end that its own words convict."""
+    piece = part.piece
+    if piece.source == piece.holder or piece.written != piece.written_again:
+        return piece.source
+    return piece.holder if piece.held != piece.held_again else None
+
+
+def _of_end(part: Summed, members: Sequence[tuple[str, str]]) -> Ruling:
+    if part.what != ADDED:
+        return handed_ruling(part.piece, members, "the reduction")
+    node, device = members[part.piece.holder]
+    reason = f"in the reduction: what {node} added up is not the sum when it adds again: did not reproduce"
+    return Ruling(Verdict.CORRUPT, node, device, recurrent=False, needs=None, reason=reason)
+
+
+def _on_its_way(parts: Sequence[Summed], members: Sequence[tuple[str, str]]) -> tuple[int, Ruling]:
+    """Of parts whose ends both stand by their hashes."""
+    first = parts[0].piece
+    shared = set.intersection(*map(_ends, parts))
+    if len(shared) == 1:
+        (rank,) = shared
+        node, device = members[rank]
+        reason = f"in the reduction: {len(parts)} pieces changed on their way, and {node} is an end of each"
+    elif len(parts) == 1 and parts[0].what == GATHERED and first.written != first.held:
+        rank = first.holder
+        node, device = members[rank]
+        reason = f"in the reduction: {node} alone does not hold the sum that its owner made"
+    else:
+        return first.holder, handed_ruling(first, members, "the reduction")
+    return rank, Ruling(Verdict.CORRUPT, node, device, recurrent=False, needs=None, reason=reason)
+
+
+def _ends(part: Summed) -> set[int]:
+    return {part.piece.source, part.piece.holder}
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,20 +144,29 @@ def test_without_sensors_states_are_seen_to_differ_at_the_next_gate(trials: Tria
     assert (late["by"], late["before_commit"], late["verdict"]) == ("digest", False, "ROLLED_BACK")
 
 
-def test_a_copy_of_the_sum_that_is_not_like_the_other_is_its_devices(trials: Trials) -> None:
-    line = of(trials, "reduced gradient", Fault("value", 1, 100.0))
-    assert (line["by"], line["before_commit"], line["verdict"], line["blamed"]) == ("reduction", True, "CORRUPT", "n0")
-    # Below the checksum's floor two copies differ and neither is in the majority.
-    line = of(trials, "reduced gradient", Fault("bitflip", 1, bit=0))
-    assert (line["by"], line["verdict"], line["blamed"]) == ("reduction", "UNDECIDED", "")
+@pytest.mark.parametrize("operation", ["sent gradient", "reduced gradient"])
+@pytest.mark.parametrize("fault", [Fault("value", 1, 100.0), Fault("bitflip", 1, bit=0)])
+def test_what_strikes_a_sum_is_seen_whatever_it_changes_and_whichever_part(
+    trials: Trials, operation: str, fault: Fault
+) -> None:
+    """The first spans are added up by the struck rank, the last by its peer."""
+    last = len(trials.bench.layout.spans) - 1
+    for ordinal in (0, last):
+        line = of(trials, operation, fault, ordinal=ordinal)
+        assert (line["by"], line["before_commit"]) == ("reduction", True)
+        assert (line["verdict"], line["blamed"], line["replays"]) == ("CORRUPT", "n0", 0)
 
 
-def test_what_was_sent_wrongly_is_not_what_was_summed(trials: Trials) -> None:
-    """Both ranks hold the same wrong sum: digests agree, the parts' checksums do not, and no device is blamed."""
-    line = of(trials, "sent gradient", Fault("value", 1, 100.0))
-    assert line["harmful"]
-    assert (line["by"], line["before_commit"]) == ("reduction", True)
-    assert (line["verdict"], line["blamed"]) == ("UNDECIDED", "")
+def test_without_sensors_a_wrong_payload_is_committed(trials: Trials) -> None:
+    """The control: what was sent wrongly all ranks hold alike, and what one holds alone a digest shows too late."""
+    trials.bench.guard.enabled = False
+    try:
+        sent = of(trials, "sent gradient", Fault("value", 1, 100.0))
+        reduced = of(trials, "reduced gradient", Fault("value", 1, 100.0))
+    finally:
+        trials.bench.guard.enabled = True
+    assert (sent["harmful"], sent["caught"]) == (True, False)
+    assert (reduced["by"], reduced["before_commit"]) == ("digest", False)
 
 
 def test_a_step_that_cannot_go_on_is_caught(trials: Trials) -> None:

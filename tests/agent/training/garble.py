@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agent.model.parallel import routed
 from agent.model.parallel.process_group import ProcessGroup
+from agent.training import division, summing, zero
 from agent.training.collective import Group, Subgroup
 
 
@@ -19,10 +20,11 @@ from agent.training.collective import Group, Subgroup
 class Garble:
     """`what` is the operation, `call` which of them in the step, `element` and `bit` what is flipped.
 
-    What is changed is the result, or with `before` what is given to it. With `how` "lose" the element's row is zero
-    instead, with "swap" it is exchanged with the row before it, with "off" one is added to the element; of the choice
-    of experts given to a dispatch, "other" takes the expert beside one, "none" loses it. With `often` it strikes in
-    each attempt.
+    What is changed is the result, or with `before` what is given to it, or with `apart` a copy of that, so that only
+    what leaves is wrong. Of what is traded it is the first rank's, or with `every` each other rank's. With `how` "lose"
+    the element's row is zero instead, with "swap" it is exchanged with the row before it, with "off" one is added to
+    the element; of the choice of experts given to a dispatch, "other" takes the expert beside one, "none" loses it; of
+    a hash, "hash" changes a bit. With `often` it strikes in each attempt.
     """
 
     what: str
@@ -34,6 +36,8 @@ class Garble:
     how: str = "flip"
     often: bool = False
     before: bool = False
+    apart: bool = False
+    every: bool = False
 
     def __post_init__(self) -> None:
         self._made = 0
@@ -57,11 +61,16 @@ class Garble:
             due = self._due()
             if due and self.what == "dispatch":  # the router's backward reads its own choice again
                 args = (args[0]._replace(experts=args[0].experts.clone()), *args[1:])
-            if due and self.before:
-                self._change(result(None, args))
+            if due and self.apart:
+                args = (args[0], [part.clone() for part in args[1]], *args[2:])
+            if due and (self.before or self.apart):
+                self._strike(result(None, args))
             out = original(*args, **kwargs)
-            if due and not self.before:
-                self._change(result(out, args))
+            if due and self.how == "hash":
+                self.struck += 1
+                return out ^ 1 << self.bit
+            if due and not (self.before or self.apart):
+                self._strike(result(out, args))
             return out
 
         setattr(owner, name, failing)
@@ -71,6 +80,11 @@ class Garble:
             return False
         self._made += 1
         return self._made == self.call + 1
+
+    def _strike(self, found: Tensor | list[Tensor]) -> None:
+        tensors = found if isinstance(found, list) else [found]
+        for tensor in tensors if self.every else tensors[:1]:
+            self._change(tensor)
 
     def _change(self, tensor: Tensor) -> None:
         if self.how == "lose":
@@ -88,11 +102,22 @@ class Garble:
         self.struck += 1
 
 
+def _traded(args: tuple[Any, ...], side: int) -> list[Tensor]:
+    """What a trade gives to, or takes from, the other ranks."""
+    ranks: Subgroup = args[0]
+    return [t for peer, t in zip(ranks.members, args[side], strict=True) if peer != ranks.rank and t.numel()]
+
+
 #: Where each operation is, and which tensor it gave.
-OPERATIONS: dict[str, tuple[Any, str, Callable[[Any, tuple[Any, ...]], Tensor]]] = {
+OPERATIONS: dict[str, tuple[Any, str, Callable[[Any, tuple[Any, ...]], Tensor | list[Tensor]]]] = {
     "exchange": (ProcessGroup, "exchange", lambda out, args: out),
-    "reduce": (Group, "reduce", lambda out, args: args[1]),
-    "reduce_scatter": (Subgroup, "reduce_scatter", lambda out, args: args[2]),
+    "trade": (Subgroup, "trade", lambda out, args: _traded(args, 2)),
+    "give": (Subgroup, "trade", lambda out, args: _traded(args, 1)),
+    "last piece": (summing, "add_up", lambda out, args: args[0][-1]),
+    "add": (summing, "add_up", lambda out, args: args[1]),
+    "hash": (summing, "digest", lambda out, args: args[0]),
+    "sum at rest": (division, "squared", lambda out, args: args[0]),
+    "slice at rest": (zero, "squared", lambda out, args: args[0]),
     "all_gather": (Subgroup, "all_gather", lambda out, args: args[1]),
     "shift": (Group, "shift", lambda out, args: args[2]),
     "dispatch": (routed, "dispatch", lambda out, args: args[0].experts),

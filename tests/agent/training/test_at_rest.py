@@ -49,10 +49,10 @@ class One:
         return [list(row)]
 
     def among(self, ranks: Sequence[int]) -> Subgroup:
-        return Subgroup(None, 1)
+        return Subgroup(None, (0,), 0)
 
     def everybody(self) -> Subgroup:
-        return Subgroup(None, 1)
+        return Subgroup(None, (0,), 0)
 
     def waiting(self) -> AbstractContextManager[None]:
         return nullcontext()

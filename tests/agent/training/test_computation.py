@@ -11,6 +11,7 @@ from torch import Tensor
 from agent.training.computation import Computation, astray, with_seals, with_sums
 from agent.training.reduction import Reduction
 from agent.training.seals import Garbled
+from agent.training.strays import GIVEN, Stray
 from diagnostics.health import Alarm
 
 PIECE = Garbled(4, 2, 3, 11, 12)
@@ -44,12 +45,12 @@ def test_whatever_came_first_leads(clock: int | None, leads: bool, first: str) -
 
 
 def test_a_sum_that_alarms_alone_does_so_after_all_exchanges() -> None:
-    wrong = Reduction((0.1, 7.0), (Alarm("reduction", "bucket 1", "all_reduce", "step", 7.0, ""),))
+    wrong = Reduction(checks=2, strays=(Stray("dense", GIVEN, 0, 1, 0, 5),))
     found = with_sums(computed(), wrong, 24)
-    assert (found.alarm, found.clock, found.reading, found.checks) == (True, 24, 7.0, 11)
+    assert (found.alarm, found.clock, found.reading, found.checks) == (True, 24, math.inf, 11)
+    assert [alarm.location for alarm in found.alarms] == ["piece 0, from rank 0 to rank 1"]
     assert with_sums(computed(3), wrong, 24).clock == 3
-    assert not with_sums(computed(), Reduction((0.1,)), 24).alarm
-    assert math.isnan(with_sums(computed(), Reduction((math.nan, 0.1)), 24).reading)
+    assert not with_sums(computed(), Reduction(checks=1), 24).alarm
 
 
 LAYERS, EXPERTS = 3, 8

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 
 from agent.training.computation import Computation
 from agent.training.gate import Decision, Outcome
-from agent.training.hearing import Hearing, unless_spread
-from agent.training.held import Held
+from agent.training.hearing import Hearing, Told, unless_spread
+from agent.training.held import Held, Member
+from agent.training.reduction import Reduction
 from agent.training.replay import Judged
+from agent.training.strays import GIVEN, Explained, Stray, alarm_of
 from diagnostics.health import Verdict
+from diagnostics.verify.between import Handed, Summed
 from diagnostics.verify.votes import Ruling
 
 
@@ -29,7 +33,7 @@ QUIET = Computation(0.0, 9.0, True, (), 1, torch.zeros(0, 0, dtype=torch.int64),
 class Court:
     """A replayer whose verdicts are known, and what was asked of it, in order."""
 
-    members: tuple[Any, ...] = ()
+    members = tuple(Member(f"n{rank}", f"cpu-n{rank}", rank) for rank in range(3))
 
     def __init__(self, verdicts: dict[int, Verdict]) -> None:
         self.verdicts = verdicts
@@ -38,6 +42,9 @@ class Court:
     def judge(self, held: Held, suspect: int) -> Judged:
         self.order.append(("judged", suspect))
         return Judged(suspect, (), ruling(self.verdicts[suspect], suspect))
+
+    def alarm(self, held: Held, suspect: int, votes: Any, needs_third: bool) -> None:
+        self.order.append(("alarmed", suspect, *held.computation.alarms))
 
     def publish(self, held: Held, judged: Judged) -> None:
         self.order.append(("published", judged.suspect, judged.ruling.verdict))
@@ -50,6 +57,13 @@ class Chorus:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value] * 8
+
+
+class Discord(Chorus):
+    """One of ranks whose copies of the sum differ."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [replace(value, copy=rank) if isinstance(value, Told) else value for rank in range(3)]
 
 
 class Silent:
@@ -100,3 +114,22 @@ def test_whatever_the_verdicts_all_are_published_once_and_only_software_changes(
 def test_without_a_corrupt_device_nothing_changes(verdict: Verdict) -> None:
     judged = [Judged(1, (), ruling(verdict, 1))]
     assert unless_spread(judged) == judged
+
+
+def test_who_gave_a_piece_otherwise_than_announced_is_blamed_with_the_alarm_of_the_rank_that_got_it() -> None:
+    court, stray = Court({}), Stray("gradient", GIVEN, 2, 0, 0, 6)
+    explained = Explained(alarm_of(stray), Summed(GIVEN, Handed(2, 0, 5, 6, 6, 6, alone=False)))
+    held = Held(1, 5, 1, QUIET, "", None, reduction=Reduction(strays=(stray,)), sums=(explained,))  # type: ignore[arg-type]
+    hearing = Hearing(court, Chorus(), Silent())  # type: ignore[arg-type]
+    _, found = hearing.hear(held, Outcome(Decision.REPLAY, "sensor alarm", suspects=(0,)))
+    assert court.order == [("alarmed", 2, alarm_of(stray)), ("published", 2, Verdict.CORRUPT)]
+    assert [(judged.suspect, judged.ruling.blamed_node) for judged in found] == [(2, "n2")]
+
+
+def test_copies_that_differ_though_all_else_compares_are_nobodys() -> None:
+    court = Court({})
+    held = Held(1, 5, 1, QUIET, "", None)  # type: ignore[arg-type]
+    hearing = Hearing(court, Discord(), Silent())  # type: ignore[arg-type]
+    _, found = hearing.hear(held, Outcome(Decision.REPLAY, "copies differ", suspects=(0, 1, 2)))
+    assert [(judged.suspect, judged.ruling.verdict) for judged in found] == [(0, Verdict.UNDECIDED)]
+    assert "copies of the sum differ" in found[0].ruling.reason
