@@ -21,7 +21,8 @@ _MASK = _WORD - 1
 @dataclass(frozen=True, slots=True)
 class Told:
     """64-bit digests by one rank: of the slices it wrote and of its moments, then of what it holds after all exchanges;
-    and whether the block that it repeated of the rank before was the same."""
+    whether the block that it repeated of the rank before was the same; and of its slices of the sum, when they were
+    added up and when they had been used."""
 
     dense_written: int
     experts_written: int
@@ -31,6 +32,8 @@ class Told:
     tail: int
     replica: int
     repeats: bool
+    added: int = 0
+    used: int = 0
 
     def pack(self) -> list[int]:
         """As signed 64-bit integers."""
@@ -39,14 +42,15 @@ class Told:
     @classmethod
     def unpack(cls, values: Sequence[int]) -> "Told":
         """The inverse of `pack`."""
-        dense_written, experts_written, moments, dense, experts, tail, replica, repeats = (v & _MASK for v in values)
-        return cls(dense_written, experts_written, moments, dense, experts, tail, replica, bool(repeats))
+        dense_written, experts_written, moments, *held, repeats, added, used = (v & _MASK for v in values)
+        dense, experts, tail, replica = held
+        return cls(dense_written, experts_written, moments, dense, experts, tail, replica, bool(repeats), added, used)
 
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
-    """Rank `holder` does not hold what was written: its "dense", "experts" or "replica"; or it repeated another
-    "update" than the rank before it made."""
+    """Rank `holder` does not hold what was written: its "dense", "experts" or "replica"; or it used another "sum" than
+    it had added up; or it repeated another "update" than the rank before it made."""
 
     what: str
     holder: int
@@ -73,9 +77,13 @@ class Unlike(Exception):
 
 
 def wrong_in(rows: Sequence[Told], mesh: Mesh) -> list[Wrong]:
-    """Compare what ranks hold with what was written, rows in rank order: dense, experts, replicas, updates."""
+    """Compare what ranks hold with what was written, rows in rank order: sums, dense, experts, replicas, updates.
+
+    A sum comes first, since the update of another one is another.
+    """
     dense = sum(row.dense_written for row in rows) & _MASK
-    found = [Wrong("dense", rank) for rank, row in enumerate(rows) if row.dense != dense]
+    found = [Wrong("sum", rank) for rank, row in enumerate(rows) if row.used != row.added]
+    found += [Wrong("dense", rank) for rank, row in enumerate(rows) if row.dense != dense]
     for rank, row in enumerate(rows):
         if row.experts != sum(other.experts_written for other in rows[rank % mesh.ep :: mesh.ep]) & _MASK:
             found.append(Wrong("experts", rank))
@@ -116,6 +124,8 @@ def evidence(
     for one in wrong:
         if one.what == "update":
             finding = _of_update(one, cross.votes(one.holder, change))
+        elif one.what == "sum":
+            finding = _of_sum(one.holder, rows[one.holder])
         else:
             handed = _handed(one, rows, again, layout.mesh, alone)
             finding = Finding(one.holder, _arrived(one, handed), handed)
@@ -145,6 +155,11 @@ def _arrived(one: Wrong, handed: Handed) -> Alarm:
     operation = "send" if one.what in ("replica", "gradient") else "all_gather"
     where = f"from rank {handed.source} to rank {handed.holder}"
     return Alarm("exchange", one.what, operation, "step", math.inf, where)
+
+
+def _of_sum(rank: int, row: Told) -> Finding:
+    alarm = Alarm("reduction", "sum", "digest", "step", math.inf, f"in the memory of rank {rank}")
+    return Finding(rank, alarm, Changed(rank, "sum", row.added, row.used))
 
 
 def _of_update(one: Wrong, found: Repeat | Handed) -> Finding:

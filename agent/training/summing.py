@@ -125,6 +125,10 @@ class Sum:
                 self._found(GATHERED, owner, 0, hashed)
         return sum(held.values()) & MASK
 
+    def held(self) -> int:
+        """Hash of this rank's part as it lies in the gradient: `said`, where that is known, unless it changed."""
+        return self._hash(self._cut.whole(self._place)) if self.said else 0
+
     def again(self, stray: Stray) -> tuple[Said | None, Said | None]:
         """This rank's word on a stray as its source and as its holder; None where it is not."""
         rank, cut = self._ranks.rank, self._cut

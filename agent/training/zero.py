@@ -1,6 +1,7 @@
 """ZeRO-1 on a mesh: each rank optimises a dp-th of the state and keeps a replica of its neighbour's shard."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -56,8 +57,8 @@ class Zero1:
 
     @property
     def compared(self) -> int:
-        """Checks of each checked `advance`: what arrived of dense, experts and replica, and a block of the update."""
-        return 4 if self._mesh.dp > 1 else 0
+        """Checks of each checked `advance`: dense, experts and replica that arrived, a block of the update, the sum."""
+        return 5 if self._mesh.dp > 1 else 0
 
     def advance(
         self, old: State, new: State, gradients: Tensor, change: Pass, beside: Callable[[], None]
@@ -78,6 +79,11 @@ class Zero1:
             self._replicate(new)
         repeats = cross.repeat(old, new, given, change) if cross is not None and given is not None else True
         told = self._told(new, written, checked, repeats)
+        if checked:  # after the update: what it was made of
+            added, used = (
+                sum(hashes) & _MASK for hashes in zip(*((s.said, s.held()) for s in self._sums), strict=True)
+            )
+            told = replace(told, added=added, used=used)
         rows = self._exchanged(told)
         if checked and cross is not None and (wrong := wrong_in(rows, self._mesh)):
             raise Unlike(evidence(wrong, rows, layout, new, self._group, cross, change))

@@ -117,6 +117,7 @@ OPERATIONS: dict[str, tuple[Any, str, Callable[[Any, tuple[Any, ...]], Tensor | 
     "add": (summing, "add_up", lambda out, args: args[1]),
     "hash": (summing, "digest", lambda out, args: args[0]),
     "sum at rest": (division, "squared", lambda out, args: args[0]),
+    "slice in use": (zero, "update", lambda out, args: args[3][args[0].dense_slice]),
     "slice at rest": (zero, "squared", lambda out, args: args[0]),
     "all_gather": (Subgroup, "all_gather", lambda out, args: args[1]),
     "shift": (Group, "shift", lambda out, args: args[2]),

@@ -17,7 +17,7 @@ from diagnostics.sensors.optimizer import drawn
 
 Reports = list[list[dict[str, Any]]]
 WHOLE = {"world": 3, "steps": 5, "checkpoint_every": 5}
-MESH = {"world": 4, "steps": 14, "checkpoint_every": 14, "mesh": {"dp": 4, "ep": 2}}
+MESH = {"world": 4, "steps": 15, "checkpoint_every": 15, "mesh": {"dp": 4, "ep": 2}}
 PAIR = {"world": 2, "steps": 2, "checkpoint_every": 2, "sensors": False}
 BARE: dict[str, dict[str, Any]] = {"whole": {}, "mesh": {"mesh": {"dp": 2, "ep": 2}}}
 
@@ -111,7 +111,7 @@ def test_what_holds_a_step_on_a_mesh(home: Path, mesh: str) -> None:
     """A piece that is summed; a gradient's row on its way, by one bit of its mantissa; a token lost; one misdirected; a
     copy of the parameters; a replica; a gradient lent for the repetition; an element of an owner's update; a count of
     rows; a number that is none of an expert; a token that its own rank sends to another expert, and one to none; a
-    slice of the sum, after it was checked."""
+    slice of the sum, after it was checked, and one after the gate."""
     garbles = [
         Garble("trade", 2, 2, bit=0),
         Garble("exchange", 3, 3, call=14, bit=1),
@@ -126,10 +126,11 @@ def test_what_holds_a_step_on_a_mesh(home: Path, mesh: str) -> None:
         Garble("shift", 0, 8),
         in_the_drawn_block(9, 3),
         Garble("slice at rest", 1, 14, before=True, bit=0),
+        Garble("slice in use", 2, 15, before=True, bit=0),
     ]
     codes, reports = train(home / "held", garbles=garbles, timeout=400, **MESH)
     assert (codes, end(reports)) == ([0, 0, 0, 0], mesh)
-    assert len(kinds(reports, "garbled")) == 13
+    assert len(kinds(reports, "garbled")) == 14
     rulings = sorted(kinds(reports, "replay_result"), key=lambda ruling: ruling["step"])
     assert [(r["step"], r["rank"]) for r in rulings] == [
         (2, 2),
@@ -145,6 +146,7 @@ def test_what_holds_a_step_on_a_mesh(home: Path, mesh: str) -> None:
         (12, 1),
         (13, 3),
         (14, 1),
+        (15, 2),
     ]
     assert all(r["verdict"] in ("UNDECIDED", "CORRUPT") for r in rulings)
     assert "in the reduction: a piece changed on its way from n0 to n2" in rulings[0]["reason"]
@@ -161,7 +163,9 @@ def test_what_holds_a_step_on_a_mesh(home: Path, mesh: str) -> None:
         ("CORRUPT", "n1"),
         ("CORRUPT", "n3"),
         ("CORRUPT", "n1"),
+        ("CORRUPT", "n2"),
     ]
+    assert "in memory: the sum of n2" in rulings[13]["reason"]
     assert "tokens went astray" in rulings[10]["reason"]
     assert not kinds(reports, "digest_disagreement")
     alarms = {alarm["step"]: alarm["alarms"][0] for alarm in kinds(reports, "gate_alarm") if alarm["alarms"]}

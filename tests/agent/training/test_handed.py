@@ -50,9 +50,16 @@ def test_wrong_experts_are_wrong_for_whoever_keeps_their_replica_unless_it_took_
     assert wrong_in(rows, mesh) == [Wrong("experts", 1)]
 
 
-@given(st.lists(DIGESTS, min_size=7, max_size=7), st.booleans())
+def test_a_sum_that_changed_before_its_use_is_wrong_before_the_update_made_of_it() -> None:
+    rows = told(Mesh(4), [(1, 2, 3)] * 4)
+    rows[2] = replace(rows[2], added=7, used=8)
+    rows[3] = replace(rows[3], repeats=False)
+    assert wrong_in(rows, Mesh(4)) == [Wrong("sum", 2), Wrong("update", 3)]
+
+
+@given(st.lists(DIGESTS, min_size=9, max_size=9), st.booleans())
 def test_it_survives_its_packing(digests: list[int], repeats: bool) -> None:
-    one = Told(*digests, repeats=repeats)  # type: ignore[misc]
+    one = Told(*digests[:7], repeats=repeats, added=digests[7], used=digests[8])  # type: ignore[misc]
     values = one.pack()
     assert all(-(2**63) <= value < 2**63 for value in values)
     assert Told.unpack(values) == one
