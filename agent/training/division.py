@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from agent.slots import ShardDigests
@@ -11,7 +10,7 @@ from agent.training.agreement import Again, Hashes, agree
 from agent.training.collective import Group
 from agent.training.layout import State, StateLayout
 from agent.training.optimizer import Pass, update
-from agent.training.reduction import Reduction
+from agent.training.reduction import Reduction, squared_norm
 from agent.training.strays import Explained, explained
 from agent.training.summing import Sum
 from diagnostics.sensors.digest import digest
@@ -76,18 +75,18 @@ class Replicated:
         if any(failed for _, failed in rows):
             return Reduction(0.0, total.checks, tuple(total.strays))
         total.gather()
-        norm = self._squared_norm(gradients)
+        norm, odd = squared_norm([gradients[self._equal_part(gradients.numel())]], self._group.rank, checked)
         self._copy = total.hold([said & MASK for said, _ in rows]) if checked else 0
-        return Reduction(norm, total.checks, tuple(total.strays), self._copy)
+        return Reduction(norm, total.checks + checked, (*total.strays, *odd), self._copy)
 
     def explain(self, reduction: Reduction) -> tuple[Explained, ...]:
         """See `Division`."""
         return explained(self._group, reduction.strays, [self._sum])
 
-    def _squared_norm(self, gradients: Tensor) -> float:
-        """Each rank takes an equal part of the elements."""
-        part = -(-gradients.numel() // self._group.world)
-        return squared(gradients[self._group.rank * part : (self._group.rank + 1) * part])
+    def _equal_part(self, elements: int) -> slice:
+        """Of whose norm this rank tells the others."""
+        part = -(-elements // self._group.world)
+        return slice(self._group.rank * part, (self._group.rank + 1) * part)
 
     def advance(
         self, old: State, new: State, gradients: Tensor, change: Pass, beside: Callable[[], None]
@@ -114,8 +113,3 @@ class Replicated:
     def settle(self, state: State) -> tuple[int, None]:
         """There is nothing to complete."""
         return self._layout.digest(state), None
-
-
-def squared(gradients: Tensor) -> float:
-    """Squared norm in float64."""
-    return float(torch.linalg.vector_norm(gradients, dtype=torch.float64)) ** 2

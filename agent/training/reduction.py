@@ -1,10 +1,14 @@
 """What summing a step's gradients over the ranks gave on one of them, and what the checks of it saw."""
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agent.training.strays import Stray, alarm_of
+import torch
+from torch import Tensor
+
+from agent.training.strays import ADDED, Stray, alarm_of
 from diagnostics.health import Alarm
 
 
@@ -29,6 +33,21 @@ class Reduction:
     def reading(self) -> float:
         """Bits have no tolerance: 0.0, or infinite."""
         return math.inf if self.strays else 0.0
+
+
+def squared_norm(parts: Sequence[Tensor], rank: int, checked: bool) -> tuple[float, tuple[Stray, ...]]:
+    """Squared norm of the rank's parts of the sum, in float64; if `checked`, taken twice: a stray if it differs.
+
+    Every rank clips by what all of them tell, so a wrong one would be in nobody's way.
+    """
+    first = _squared(parts)
+    if not checked or struct.pack("d", first) == struct.pack("d", _squared(parts)):  # NaN is itself
+        return first, ()
+    return first, (Stray("norm", ADDED, rank, rank, 0, 0),)
+
+
+def _squared(parts: Sequence[Tensor]) -> float:
+    return math.fsum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
 
 
 #: Nothing was summed.

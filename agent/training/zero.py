@@ -8,11 +8,10 @@ from torch import Tensor
 from agent.slots import ShardDigests
 from agent.training.collective import Group
 from agent.training.crosscheck import CrossCheck
-from agent.training.division import squared
 from agent.training.handed import Told, Unlike, evidence, wrong_in
 from agent.training.layout import State
 from agent.training.optimizer import Pass, update
-from agent.training.reduction import Reduction
+from agent.training.reduction import Reduction, squared_norm
 from agent.training.shards import ShardLayout
 from agent.training.strays import Explained, explained
 from agent.training.summing import Sum
@@ -44,12 +43,13 @@ class Zero1:
         for total, part in zip(self._sums, parts, strict=True):
             total.reduce(part, checked=key is not None)
             total.place()
-        norm = squared(gradients[self._layout.dense_slice]) + squared(gradients[self._layout.expert_slice])
+        own = gradients[self._layout.dense_slice], gradients[self._layout.expert_slice]
+        norm, odd = squared_norm(own, self._group.rank, checked=key is not None)
         if key is not None:
             for total in self._sums:
                 total.hold()
         strays = tuple(stray for total in self._sums for stray in total.strays)
-        return Reduction(norm, sum(total.checks for total in self._sums), strays)
+        return Reduction(norm, sum(total.checks for total in self._sums) + (key is not None), strays + odd)
 
     def explain(self, reduction: Reduction) -> tuple[Explained, ...]:
         """See `Division`."""
