@@ -144,9 +144,7 @@ class Engine:
         with self.guard.step(key) as sense, self.surround(self.model, step, attempt):
             self.journal.begin(lambda: sense.checks)
             try:
-                result = self.model.loss(batch.tokens, batch.documents)
-                torch.autograd.backward(result.total, result.total.new_full((), self._loss_scale))
-                self.guard.check_finite("loss", result.total)
+                result = sensed(self.model, self.guard, batch.tokens, batch.documents, self._loss_scale)
             except Deviation as found:
                 deviation = found.digest
         if self._loss_scale != 1.0:
@@ -241,6 +239,22 @@ def _corpus(spec: JobSpec, vocabulary: int) -> Corpus:
         told = f"the job's has digest {spec.corpus_digest}, this one {corpus.digest}"
         raise CorpusError(f"corpus {corpus.source} is not the one that the job was given: {told}")
     return corpus
+
+
+def sensed(model: V3, guard: Guard, tokens: Tensor, documents: Tensor | None, scale: float) -> LossOutput:
+    """Forward and backward of `scale` times the loss within a guarded step, and checks of what no operator vouches for.
+
+    That is what lies beside the graph meanwhile: the number that the backward starts from, and the expert counts, of
+    which every token of every MoE layer has num_experts_per_tok.
+    """
+    result = model.loss(tokens, documents)
+    start = result.total.new_full((), scale)
+    torch.autograd.backward(result.total, start)
+    guard.check_finite("loss", result.total)
+    guard.check_equal("backward's start", start, scale)
+    positions = tokens.shape[0] * (tokens.shape[1] - 1 - model.config.mtp_depth)
+    guard.check_equal("expert counts", result.counts.sum(-1), positions * model.config.num_experts_per_tok)
+    return result
 
 
 def loss_scale(preset: Preset) -> float:

@@ -20,7 +20,7 @@ from agent.model import PRESETS, V3
 from agent.model.linear import Linear
 from agent.model.router import updated_bias
 from agent.training.data import Corpus, sample_ids
-from agent.training.engine import MOMENTS, vote_digest
+from agent.training.engine import MOMENTS, sensed, vote_digest
 from agent.training.layout import State, StateLayout
 from agent.training.optimizer import AdamW, Pass, clip_coefficient, update
 from agent.training.schedule import learning_rate
@@ -158,9 +158,8 @@ class Bench:
                 stack.enter_context(context)
             with self.guard.step(key) as sense:
                 try:
-                    result = self.model.loss(start.tokens if tokens is None else tokens)
-                    torch.autograd.backward(result.total, result.total.new_full((), self._scale))
-                    self.guard.check_finite("loss", result.total)
+                    taken = start.tokens if tokens is None else tokens
+                    result = sensed(self.model, self.guard, taken, None, self._scale)
                     counts, loss = result.counts, float(result.main.detach())
                 except StepDiffers:
                     raise

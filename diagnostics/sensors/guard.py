@@ -20,6 +20,7 @@ from diagnostics.sensors.outlay import seconds_an_operator
 from diagnostics.sensors.places import Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
+from diagnostics.sensors.rows import PER_DIFFERENCE
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import History, Statistic
@@ -27,7 +28,7 @@ from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_tabl
 from diagnostics.sensors.upkeep import Upkeep
 from diagnostics.sensors.watch import CompiledEyes, Eyes, Keeper, has_compiled
 
-FINITE = "finite"
+FINITE, KEPT = "finite", "kept"
 _COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
 
 
@@ -118,6 +119,11 @@ class Guard:
         """Alarm in the current step if any element is not finite. One pass, no host sync; no step, no check."""
         if self.current is not None:
             self.current.check_finite(name, tensor)
+
+    def check_equal(self, name: str, tensor: Tensor, value: float) -> None:
+        """Alarm in the current step if any element is not `value`. No host sync; no step, no check."""
+        if self.current is not None:
+            self.current.check_equal(name, tensor, value)
 
     def recalibrate(self, alarms: Iterable[Alarm]) -> int:
         """Widen what raised these false alarms to twice the reading, at most WIDEST times the shipped tolerance.
@@ -256,6 +262,15 @@ class GuardedStep:
             low, high = torch.aminmax(tensor.detach())
             reading = (low * 0 + high * 0).float()  # 0 if finite, NaN if not: inf * 0 and NaN * 0 are NaN
             site = Site(FINITE, name, "value", "step", tuple(tensor.shape))
+            self._guard.log.append(site, reading.reshape(1))
+
+    def check_equal(self, name: str, tensor: Tensor, value: float) -> None:
+        """Alarm if any element is not `value`: of what is kept beside the graph and must not change. No host sync."""
+        if not self._guard.enabled or self._settled is not None:
+            return
+        with quiet():
+            reading = (tensor.detach() != value).any().float().mul_(PER_DIFFERENCE)
+            site = Site(KEPT, name, "value", "step", tuple(tensor.shape))
             self._guard.log.append(site, reading.reshape(1))
 
     def settle(self) -> tuple[float, list[Alarm], list[Statistic], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
 from diagnostics.sensors.registry import Plan, plan_of
+from diagnostics.sensors.rows import PER_DIFFERENCE
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
@@ -109,7 +109,7 @@ class Inspection:
     def compared(self, tensor: Tensor, equal: bool) -> None:
         """See `saved.Watcher`."""
         place = self._places.of((), False)
-        reading = tensor.new_full((1,), 0.0 if equal else math.inf, dtype=torch.float32)
+        reading = tensor.new_full((1,), 0.0 if equal else PER_DIFFERENCE, dtype=torch.float32)
         self._keep(place, "saved tensor", Checked(saved.SENSOR, "out", reading, tuple(tensor.shape)))
         self._coverage.count(place.module, "saved tensor", place.pass_, True)
 

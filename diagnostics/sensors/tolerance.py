@@ -19,7 +19,7 @@ Z = 7.0
 WIDEST = 4.0
 
 # Sensors that compare bits have no tolerance, and none is widened: one alarm is one value that was made otherwise.
-EXACT = frozenset({"moves", "recompute", "saved"})
+EXACT = frozenset({"kept", "moves", "recompute", "saved"})
 
 # Sums of n terms in vector lanes stray by sqrt(n / lanes). kappa_accumulate is measured at short sums and grows from
 # here: 64 is AVX-512's 16 fp32 lanes times the 4 accumulators that BLAS kernels keep.

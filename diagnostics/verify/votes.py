@@ -110,14 +110,14 @@ def _agreed(original: Vote, suspect: Vote, peer: Vote) -> Ruling:
         return _blame(
             suspect, False, f"did not reproduce: {suspect.node} and {peer.node} agree on a result that the run lacked"
         )
-    if not (original.finite and suspect.finite and peer.finite):
-        return _verdict(Verdict.SOFTWARE, "every device computes the same result, and it is not finite")
     if original.exact and not suspect.alarm:
         return _blame(
             suspect,
             False,
             f"did not reproduce: {suspect.node} made other bits once, of which nothing went into the step",
         )
+    if not (original.finite and suspect.finite and peer.finite):
+        return _verdict(Verdict.SOFTWARE, "every device computes the same result, and it is not finite")
     return _verdict(Verdict.FALSE_ALARM, f"{suspect.node} and {peer.node} reproduce the run bit for bit")
 
 

@@ -236,6 +236,19 @@ def test_non_finite_values_alarm(bad: float) -> None:
     assert math.isnan(step.worst)
 
 
+def test_what_lies_beside_the_graph_must_stay_what_it_was() -> None:
+    model = Sample()
+    guard = Guard(model)
+    for wrong in (False, True):
+        counts = torch.tensor([4, 4, 4])
+        with guard.step(0) as step:
+            model(batch(0)).backward()
+            counts[1] += wrong
+            guard.check_equal("counts", counts, 4)
+        found = [(alarm.sensor, alarm.module, alarm.reading) for alarm in step.alarms]
+        assert found == ([("kept", "counts", 2.0)] if wrong else [])
+
+
 def test_statistics_are_evidence_never_alarms() -> None:
     guard = Guard(Sample())
     for key in range(20):
