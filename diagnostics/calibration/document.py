@@ -63,7 +63,7 @@ def document(measured: Measured, machine: Machine, today: date) -> dict[str, Any
                 "kernel": kernel,
                 "output": constant.output,
                 "accumulate": constant.accumulate,
-                "provenance": f"{origin}: {_found(constant)}",
+                "provenance": f"{origin}: {_found(constant, plan.device.type)}",
             }
             for (dtype, kernel), constant in measured.constants.items()
         ],
@@ -90,7 +90,7 @@ def text(made: dict[str, Any]) -> str:
     return json.dumps(made, indent=2) + "\n"
 
 
-def _found(constant: Constant) -> str:
+def _found(constant: Constant, device_class: str) -> str:
     """What was seen, and by which rule it gave the constants."""
     facts = [
         f"worst reading {constant.worst:.2f} of {constant.readings:,} in {constant.calls:,} calls"
@@ -101,9 +101,10 @@ def _found(constant: Constant) -> str:
         facts.append(f"output: {rule.rounding.value}, of which one is {constant.once:.3g}")
     elif rule.rounding is Rounding.EXACT and constant.dtype != torch.float32:
         facts.append(f"{rule.rounding.value}, which is the reading")
-    for kind, least in (("output", rule.least.output), ("accumulate", rule.least.accumulate)):
+    floor = rule.least_on(device_class)
+    for kind, least in (("output", floor.output), ("accumulate", floor.accumulate)):
         if least and getattr(constant, kind) == least:
-            facts.append(f"{kind}: not below {least:g}, {rule.least.because}")
+            facts.append(f"{kind}: not below {least:g}, {floor.because}")
     if constant.dtype != torch.float32 and rule.rounding is not Rounding.ITSELF:
         facts.append("accumulate: as float32 at least")
     return "; ".join(facts)

@@ -95,7 +95,7 @@ class Gauge:
                 before = keep(args, kwargs, self)
         out = func(*args, **kwargs)
         call, judge = Call(func, args, kwargs, out, before), check
-        self.read(out, lambda: judge(call, self))
+        self.read(_values(func, out), lambda: judge(call, self))
         return out
 
     def announced(self, product: Announced, out: Tensor) -> None:
@@ -113,7 +113,7 @@ class Gauge:
         """See `saved.Watcher`: hashes have no constant."""
         return False
 
-    def compared(self, tensor: Tensor, equal: bool) -> None:
+    def compared(self, tensor: Tensor, equal: bool | Tensor) -> None:
         """See `saved.Watcher`."""
 
     def spent(self, seconds: float) -> None:
@@ -180,5 +180,12 @@ class Gauge:
             constant.calls += 1
 
 
+def _values(func: Any, out: Any) -> Any:
+    """The results that are finite where nothing overflowed; attention's logsumexp may be padded with infinities."""
+    names = {value.name for value in func._schema.returns}
+    return out[0] if names & {"logsumexp", "log_sumexp"} else out
+
+
 def _finite(out: Any) -> bool:
-    return all(bool(t.isfinite().all()) for t in (out if isinstance(out, tuple) else (out,)) if t.is_floating_point())
+    results = out if isinstance(out, tuple) else (out,)  # a gradient that nobody asked for is None
+    return all(bool(t.isfinite().all()) for t in results if isinstance(t, Tensor) and t.is_floating_point())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diagnostics.calibration.values import SCALES, Draw
 from diagnostics.sensors.norms import rms_norm_readings
@@ -26,6 +28,13 @@ _CLASSES = 8192
 # Lengths beyond torch's blocks of keys (512) and of queries (64 to 256), and heads that are no multiple of a vector.
 _POSITIONS = 600
 _HEADS = (8, 16, 24, 64, 128, 136)
+
+# A GPU has several kernels for it, of which torch takes one by version and device: a constant has to hold for all.
+_BACKENDS = {
+    torch.float32: (SDPBackend.EFFICIENT_ATTENTION,),
+    torch.bfloat16: (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION),
+    torch.float16: (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION),
+}
 
 # A norm's: one to hidden sizes in use, some that are no multiple of a vector.
 _WIDTHS = (1, 2, 7, 33, 64, 100, 128, 500, 768, 1024, 2048, 2896)
@@ -121,7 +130,12 @@ def attention(draw: Draw, dtype: torch.dtype) -> None:
         closed[:, 0] = False  # a row that sees no key is each kernel's own affair
         mask = torch.zeros(closed.shape, dtype=dtype, device=draw.device).masked_fill_(closed, -torch.inf)
     query, key, value = (t.requires_grad_() for t in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=form == "causal", enable_gqa=True)
+    backend = None if draw.device.type == "cpu" else _BACKENDS[dtype][draw.key % len(_BACKENDS[dtype])]
+    if backend == SDPBackend.EFFICIENT_ATTENTION:  # it knows no groups: heads are repeated, as models do
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    with nullcontext() if backend is None else sdpa_kernel([backend, SDPBackend.MATH]):
+        causal = form == "causal"
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True)
     torch.autograd.backward(out, grad)
 
 

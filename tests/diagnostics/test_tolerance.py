@@ -120,6 +120,13 @@ def test_shipped_table_is_sound_and_says_where_it_is_from() -> None:
     assert all("measured" in kappa.provenance for kappa in table.entries.values())
     with pytest.raises(UnknownTolerance, match="float64"):
         table.kappa("cpu", "float64")
+    of_gpus = {key: kappa for key, kappa in table.entries.items() if key[0] == "cuda"}
+    assert {key[1:] for key in of_gpus} == {key[1:] for key in table.entries if key[0] == "cpu"} - {
+        ("bfloat16", "cumsum")
+    }
+    assert all("NVIDIA" in kappa.provenance for kappa in of_gpus.values())
+    for (_, _, kernel), kappa in of_gpus.items():
+        assert kappa.accumulate >= of_gpus[("cuda", "float32", kernel)].accumulate
 
 
 ROW = {"device_class": "cpu", "dtype": "float32", "kernel": "mm", "output": 0, "accumulate": 1e-7, "provenance": ""}

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics.calibration.rules import (
+    DTYPES,
     EXACT_SHARE,
     LEAST_ACCUMULATE,
+    MOST_ROUNDINGS,
     ROUNDED_SHARE,
     RULES,
     SHARE,
@@ -22,6 +24,7 @@ from diagnostics.calibration.rules import (
     rounded_once,
     up,
 )
+from diagnostics.sensors.tolerance import shipped_table
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 
@@ -79,11 +82,18 @@ def test_a_reading_that_is_no_number_gives_no_constant(bad: float) -> None:
 
 
 def test_what_needs_no_more_than_the_ceiling_is_refused_beyond_it_only() -> None:
-    constant = Constant.floor(RULES["fp8"], torch.float32, 0.0, "cuda")
-    assert constant.admit(400.0)
-    assert constant.accumulate == pytest.approx(8e-5)
-    assert not constant.admit(1.0)
-    assert "accumulate" in constant.refused
+    for kernel, reading in (("mm", 400.0), ("fp8", 2000.0)):  # FP8's sums are cut off to 14 bits, and may drift
+        constant = Constant.floor(RULES[kernel], torch.float32, 0.0, "cuda")
+        assert constant.admit(reading)
+        assert constant.accumulate == pytest.approx(reading * 2e-7)
+        assert not constant.admit(1.0 if kernel == "mm" else 1.5)
+        assert "accumulate" in constant.refused
+
+
+def test_no_shipped_constant_is_one_that_calibration_refuses() -> None:
+    for (_, dtype, kernel), kappa in shipped_table().entries.items():
+        assert kappa.accumulate <= RULES[kernel].most
+        assert kappa.output <= MOST_ROUNDINGS * rounded_once(DTYPES[dtype])
 
 
 def test_what_other_machines_needed_is_kept_where_it_holds() -> None:
@@ -94,6 +104,9 @@ def test_what_other_machines_needed_is_kept_where_it_holds() -> None:
     assert Constant.floor(rule, torch.float32, 0.0, "cpu").output == 0.0
     accumulate = [Constant.floor(rule, torch.float32, 0.0, device).accumulate for device in ("cpu", "cuda")]
     assert accumulate == [3e-7, LEAST_ACCUMULATE]
+    of_gpus = Rule(Rounding.ONCE, Least("somewhere", 0.0048), on_gpu=Least("rounds twice", 0.0023))
+    assert Constant.floor(of_gpus, torch.bfloat16, 0.0, "cuda").output == 0.0023
+    assert Constant.floor(of_gpus, torch.bfloat16, 0.0, "cpu").output == 0.0048
 
 
 def test_rooms_are_by_kind_of_rounding() -> None:

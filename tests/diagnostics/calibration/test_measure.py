@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diagnostics.calibration import gauge
 from diagnostics.calibration.document import Machine, document, text, write
 from diagnostics.calibration.measure import DeviceUnusable, Measured, Plan, measure
 from diagnostics.calibration.operators import FAMILIES, Family, attention, products
@@ -157,3 +158,12 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         write(path, {"schema": "after"})
     assert json.loads(path.read_text()) == {"schema": "before"}
     assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_padded_logsumexp_is_no_overflow_and_a_gradient_nobody_asked_for_no_result() -> None:
+    made, padded = torch.ones(2), torch.full((1,), torch.inf)
+    assert gauge._finite((made, None))
+    assert not gauge._finite((made, padded))
+    assert gauge._values(torch.ops.aten._scaled_dot_product_efficient_attention.default, (made, padded)) is made
+    statistics = made, padded
+    assert gauge._values(torch.ops.aten.native_layer_norm.default, statistics) is statistics
