@@ -120,6 +120,11 @@ class Attention:
         return noise + added.float() * kappa.accumulate
 
 
+def lse_of(given: Tensor) -> Tensor:
+    """fp32 [B, H, T] of what a kernel gives: cuDNN's is [B, H, T, 1]."""
+    return given.squeeze(-1) if given.dim() == 4 else given
+
+
 def sampled_rows(rows: int, signs: Signs, device: torch.device) -> Tensor:
     """int64 [min(ROWS, rows)]: evenly spaced rows from an offset drawn by the step's signs, without a host sync."""
     count = min(ROWS, rows)
@@ -171,7 +176,7 @@ def row_readings(
 
 
 def _forward(call: Call, bench: Bench) -> Iterable[Checked]:
-    out, lse = call.out[0], call.out[1]
+    out, lse = call.out[0], lse_of(call.out[1])
     attention = Attention.of(call)
     kappa = bench.kappa("sdpa", out)
     if out.numel() == 0 or attention.key.shape[2] == 0:
@@ -190,5 +195,6 @@ CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention: _forward,
     torch.ops.aten._scaled_dot_product_efficient_attention: _forward,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _forward,
 }
 BEFORE: dict[torch._ops.OpOverloadPacket, Before] = {}  # none of them writes to an argument

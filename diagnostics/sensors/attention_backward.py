@@ -39,7 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.sensors.attention import SENSOR, Attention, amplified, sampled_rows
+from diagnostics.sensors.attention import SENSOR, Attention, amplified, lse_of, sampled_rows
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked
 from diagnostics.sensors.rows import argument, ratio, rounding, unit_roundoff, worst_element
 from diagnostics.sensors.tolerance import LANE_TERMS, Kappa, Z
@@ -68,7 +68,7 @@ class Backward:
     def of(cls, call: Call, attention: Attention, grad: Tensor, kappa: Kappa, inner: Kappa) -> Backward:
         """Read a call's operands."""
         rows = attention.query.shape[2]
-        lse = attention.grouped(argument(call, "logsumexp")[..., :rows, None])  # some kernels pad it
+        lse = attention.grouped(lse_of(argument(call, "logsumexp"))[..., :rows, None])  # some kernels pad it
         seeing, grad = attention.seeing(), attention.grouped(grad)
         if seeing is not None:
             grad = torch.where(attention.grouped(seeing[..., None]) != 0, grad, 0.0)
@@ -182,5 +182,6 @@ CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
     torch.ops.aten._scaled_dot_product_flash_attention_backward: _backward,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward: _backward,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward: _backward,
 }
 BEFORE: dict[torch._ops.OpOverloadPacket, Before] = {}  # none of them writes to an argument

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 
@@ -22,7 +22,20 @@ from diagnostics.sensors.multilinear import (
     weight_table,
 )
 
-__all__ = ["chain", "digest", "digest_bytes", "digest_on_device", "hexdigest", "words_of"]
+__all__ = [
+    "Stamp",
+    "chain",
+    "differ",
+    "digest",
+    "digest_bytes",
+    "digest_on_device",
+    "hexdigest",
+    "stamp",
+    "words_of",
+]
+
+#: A digest that is still where the tensor lies: a number on the CPU, int64 [] on a device, which nobody waits for.
+Stamp = int | torch.Tensor
 
 #: Words that are widened to 64 bits at a time where no kernel does it: 64 MiB of products.
 _WORDS_AT_ONCE = 2048 * BLOCK_WORDS
@@ -62,6 +75,22 @@ def digest_on_device(t: torch.Tensor, start: int = 0) -> torch.Tensor:
         return torch.zeros((), dtype=torch.int64, device=t.device)
     kernel = _kernel(t.device)
     return _by_torch(flat, start) if kernel is None else kernel(flat, start)
+
+
+def stamp(t: torch.Tensor) -> Stamp:
+    """The tensor's digest, to be compared with `differ` only."""
+    return digest(t) if t.device.type == "cpu" else digest_on_device(t)
+
+
+def differ(pairs: Sequence[tuple[Stamp, Stamp]]) -> list[bool]:
+    """Which pairs of stamps, each of one device's, are not equal. Waits for each device once."""
+    found = [first != second for first, second in pairs]
+    for device in {each.device for each in found if isinstance(each, torch.Tensor)}:
+        here = [n for n, each in enumerate(found) if isinstance(each, torch.Tensor) and each.device == device]
+        read = torch.stack([found[n] for n in here]).tolist()  # type: ignore[misc]
+        for n, wrong in zip(here, read, strict=True):
+            found[n] = bool(wrong)
+    return [bool(each) for each in found]
 
 
 @lru_cache

@@ -27,6 +27,8 @@ from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
 
+# Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
+_MULTIPLIES = frozenset((KERNEL, "sdpa", "sdpa_backward"))
 NOT_AGAIN = "no identity covers it, and nothing is run again"
 
 
@@ -106,10 +108,13 @@ class Inspection:
             return False
         return self._sampler.draws(self._key, self._calls, self._again)
 
-    def compared(self, tensor: Tensor, equal: bool) -> None:
+    def compared(self, tensor: Tensor, equal: bool | Tensor) -> None:
         """See `saved.Watcher`."""
         place = self._places.of((), False)
-        reading = tensor.new_full((1,), 0.0 if equal else PER_DIFFERENCE, dtype=torch.float32)
+        if isinstance(equal, Tensor):
+            reading = torch.where(equal, 0.0, PER_DIFFERENCE).reshape(1)
+        else:
+            reading = tensor.new_full((1,), 0.0 if equal else PER_DIFFERENCE, dtype=torch.float32)
         self._keep(place, "saved tensor", Checked(saved.SENSOR, "out", reading, tuple(tensor.shape)))
         self._coverage.count(place.module, "saved tensor", place.pass_, True)
 
@@ -124,7 +129,7 @@ class Inspection:
 
     def kappa(self, kernel: str, like: Tensor) -> Kappa:
         """See `operation.Bench`."""
-        if kernel == KERNEL and like.dtype == torch.float32:
+        if kernel in _MULTIPLIES and like.dtype == torch.float32:
             precision = _fp32_precision(like.device.type)
             if precision not in ("none", "ieee"):
                 raise UnknownTolerance(f"no tolerance for fp32 products that torch may make in {precision}")

@@ -14,7 +14,9 @@ _FAMILIES = {
     " _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward"
     " _scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward"
     " _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward"
-    " _flash_attention_forward _flash_attention_backward _efficient_attention_forward _efficient_attention_backward",
+    " _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_fused_attention_overrideable_backward"
+    " _flash_attention_forward _flash_attention_backward _efficient_attention_forward _efficient_attention_backward"
+    " _cudnn_attention_forward _cudnn_attention_backward",
     "softmax": "_softmax _safe_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data",
     "norm": "native_layer_norm native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward"
     " native_group_norm native_group_norm_backward native_batch_norm native_batch_norm_backward",

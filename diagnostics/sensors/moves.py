@@ -55,14 +55,14 @@ def slabs(t: Tensor, dim: int) -> Tensor:
 
 def taken_readings(source: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """Readings fp32 [k] of out [k, rest]: the rows of source [n, rest] at index int64 [k]."""
-    found = [differences(out[block], source[index[block]]) for block in blocks(*out.shape)]
+    found = [differences(out[block], source[index[block]]) for block in blocks(out)]
     return by_blocks(found, out)
 
 
 def picked_readings(source: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """Readings fp32 [rows] of out [rows, k]: elements of source [rows, n] at index int64 [rows, k]."""
     found = []
-    for block in blocks(*out.shape):
+    for block in blocks(out):
         rows = torch.arange(block.start, block.stop, device=out.device)[:, None]
         found.append(differences(out[block], source[rows, index[block]]))
     return by_blocks(found, out)
@@ -90,7 +90,7 @@ def copied_readings(source: Tensor, out: Tensor) -> Tensor:
     if not out.is_cuda and all(same(out[piece], source[piece].to(out.dtype)) for piece in pieces(out)):
         return no_differences(out)
     rows, given = rows_of(out), rows_of(source)
-    found = [differences(rows[block], given[block].to(out.dtype)) for block in blocks(*rows.shape)]
+    found = [differences(rows[block], given[block].to(out.dtype)) for block in blocks(rows)]
     return by_blocks(found, out)
 
 

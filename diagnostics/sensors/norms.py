@@ -69,7 +69,7 @@ class Norm:
 
     def blocks(self) -> Iterable[slice]:
         """Blocks of rows whose temporaries stay small."""
-        return blocks(*self.x.shape)
+        return blocks(self.x)
 
 
 def rms_statistics(x: Tensor, eps: float) -> Tensor:

@@ -77,18 +77,34 @@ class ReadingLog:
 
     def alarms(self) -> list[Alarm]:
         """Every check with a reading that is `not (reading <= 1)`, in the order the checks were made."""
-        return [alarm for segment in self._segments if (alarm := self._alarm(segment)) is not None]
+        chunks = self._on_host()
+        return [alarm for segment in self._segments if (alarm := _alarm(segment, chunks)) is not None]
+
+    def by_site(self) -> list[tuple[Site, float]]:
+        """The largest reading of every check, in the order the checks were made. Waits for the device."""
+        chunks = self._on_host()
+        return [(segment.site, float(_rows(segment, chunks).amax())) for segment in self._segments]
 
     def first_alarm(self) -> int | None:
         """The number, from 0, of the first check that alarms."""
-        return next((i for i, segment in enumerate(self._segments) if self._alarm(segment) is not None), None)
+        chunks = self._on_host()
+        return next((i for i, segment in enumerate(self._segments) if _alarm(segment, chunks) is not None), None)
 
-    def _alarm(self, segment: _Segment) -> Alarm | None:
-        rows = self._chunks[segment.chunk][segment.start : segment.start + segment.rows]
-        reading = float(rows.amax())
-        if reading <= 1.0:
-            return None
-        bad = torch.logical_not(rows <= 1.0).nonzero().flatten()
-        site = segment.site
-        where = f"{len(bad)} of {segment.rows} rows of {list(site.shape)}, first {int(bad[0])}"
-        return Alarm(site.sensor, site.module, site.operation, site.pass_, reading, where if site.shape else "value")
+    def _on_host(self) -> list[Tensor]:
+        """All chunks at once: asking a GPU for each segment would wait for it a thousand times."""
+        return [chunk[:used].cpu() for chunk, used in zip(self._chunks, self._used, strict=True)]
+
+
+def _rows(segment: _Segment, chunks: list[Tensor]) -> Tensor:
+    return chunks[segment.chunk][segment.start : segment.start + segment.rows]
+
+
+def _alarm(segment: _Segment, chunks: list[Tensor]) -> Alarm | None:
+    rows = _rows(segment, chunks)
+    reading = float(rows.amax())
+    if reading <= 1.0:
+        return None
+    bad = torch.logical_not(rows <= 1.0).nonzero().flatten()
+    site = segment.site
+    where = f"{len(bad)} of {segment.rows} rows of {list(site.shape)}, first {int(bad[0])}"
+    return Alarm(site.sensor, site.module, site.operation, site.pass_, reading, where if site.shape else "value")

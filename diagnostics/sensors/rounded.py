@@ -25,6 +25,10 @@ see: wrong A or W, changes after the check, changes below the floor. Cost: two t
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,6 +40,17 @@ from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 TAIL = 5.5
 
 
+@lru_cache
+def on_device(device: torch.device) -> Any:
+    """The module that makes these readings in three kernels; None on a CPU, and where Triton is missing."""
+    if device.type != "cuda":
+        return None
+    try:  # Triton comes with CUDA builds of torch only, so its kernels are imported where they are needed
+        return import_module("diagnostics.sensors.kernels.energy")
+    except ModuleNotFoundError:
+        return None
+
+
 def energy_readings(
     c: Tensor, left: Operand, right: Operand, signs: Signs, kappa: Kappa, alpha: float, probed: Tensor | None
 ) -> Tensor:
@@ -45,6 +60,10 @@ def energy_readings(
     the prediction, is not finite.
     """
     n, inner = c.shape[-1], left.value.shape[-1]
+    fused = on_device(c.device) if probed is None else None
+    if fused is not None and fused.can_read(c, left.value, right.value):
+        found: Tensor = fused.readings(c, left.value, right.value, signs.probes(n, c.dtype), kappa, alpha, TAIL)
+        return found
     probes = signs.probes(n, c.dtype)
     seen = right.value @ probes
     predicted = (left.value @ seen).float()

@@ -15,6 +15,9 @@ from diagnostics.sensors.tolerance import NORM_FLOOR
 # Elements a block of rows holds at most: its fp32 temporaries are 1 MiB each, which stays in an L2 cache and bounds
 # the memory of a check whatever the operation's size. One row is the smallest block.
 BLOCK_ELEMENTS = 1 << 18
+# On a GPU a block is a dozen launches, each of some 5 us, in which it reads 10 MB: blocks are as large as temporaries
+# of 128 MiB in fp32 allow.
+BLOCK_ELEMENTS_ON_GPU = 1 << 25
 
 # A residual that is a count of differences: the tolerance of none is half a difference.
 PER_DIFFERENCE = 2.0
@@ -42,9 +45,10 @@ def rows_of(t: Tensor, dim: int = -1) -> Tensor:
     return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
 
 
-def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cut `rows` rows of `columns` elements into blocks of at most BLOCK_ELEMENTS."""
-    step = max(1, BLOCK_ELEMENTS // max(columns, 1))
+def blocks(t: Tensor) -> Iterator[slice]:
+    """Slices that cut the rows of t [rows, columns] into blocks of at most BLOCK_ELEMENTS (..._ON_GPU there)."""
+    rows, columns = t.shape
+    step = max(1, (BLOCK_ELEMENTS_ON_GPU if t.is_cuda else BLOCK_ELEMENTS) // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -86,7 +90,9 @@ def bits(t: Tensor) -> Tensor:
     """
     t = t.resolve_conj().resolve_neg()
     if t.is_complex():
-        t = torch.view_as_real(t).flatten(-2)
+        t = torch.view_as_real(t.resolve_conj()).flatten(
+            -2
+        )  # `freqs.conj()` is a view whose sign is still to be turned
     return t.view(_INTEGERS[t.element_size()])
 
 

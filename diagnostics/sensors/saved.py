@@ -6,7 +6,7 @@ of `multilinear`: any flip of any number of bits of one word shows.
 Sees: memory that changed meanwhile, which the check of a product cannot see, since both of its sides share the operand.
 Does not see: a value that was wrong when it was kept (its own operator's check does); what checkpointing drops and
 makes again; the model's buffers, which a normalisation saves and then updates. Cost: one hash when a tensor is first
-kept, one whenever it is used. On GPUs, where this has not run, each hash waits for the device.
+kept, one whenever it is used; on GPUs the hashes and their comparison stay on the device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from diagnostics.sensors.digest import digest
+from diagnostics.sensors.digest import Stamp, stamp
 from diagnostics.sensors.quiet import quiet
 
 SENSOR = "saved"
@@ -28,7 +28,7 @@ class Kept(NamedTuple):
     """A tensor with the hash it had when it was kept."""
 
     tensor: Tensor
-    hash: int
+    hash: Stamp
 
 
 class Watcher(Protocol):
@@ -37,8 +37,8 @@ class Watcher(Protocol):
     def draws_saved(self, tensor: Tensor) -> bool:
         """Whether this tensor is hashed."""
 
-    def compared(self, tensor: Tensor, equal: bool) -> None:
-        """A tensor that is about to be used is what was kept, or not."""
+    def compared(self, tensor: Tensor, equal: bool | Tensor) -> None:
+        """A tensor that is about to be used is what was kept, or not: bool, or bool [] on the tensor's device."""
 
     def spent(self, seconds: float) -> None:
         """Hashing took so long."""
@@ -49,7 +49,7 @@ class Saved:
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
-        self._known: dict[tuple[object, ...], tuple[StorageWeakRef, int]] = {}
+        self._known: dict[tuple[object, ...], tuple[StorageWeakRef, Stamp]] = {}
 
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """Keep a tensor, with its hash if it is drawn. Several operators keep one tensor: it is hashed once."""
@@ -62,7 +62,7 @@ class Saved:
             known = self._known.get(key)
             if known is None or known[0].expired():  # type: ignore[no-untyped-call]
                 storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-                known = self._known[key] = (storage, digest(tensor))
+                known = self._known[key] = (storage, stamp(tensor))
         self._watcher.spent(time.perf_counter() - begin)
         return Kept(tensor, known[1])
 
@@ -72,6 +72,6 @@ class Saved:
             return kept
         begin = time.perf_counter()
         with quiet():
-            self._watcher.compared(kept.tensor, digest(kept.tensor) == kept.hash)
+            self._watcher.compared(kept.tensor, stamp(kept.tensor) == kept.hash)
         self._watcher.spent(time.perf_counter() - begin)
         return kept.tensor

@@ -14,8 +14,8 @@ PROBES = 32
 
 
 class Signs:
-    """Vectors of +-1 by length, counter-based: f(key, length) and nothing else. Redrawn each step (a fixed vector,
-    ones above all, would miss the faults that happen to cancel under it)."""
+    """Vectors of +-1 by length, counter-based: f(key, length, kind of device). Redrawn each step (a fixed vector, ones
+    above all, would miss the faults that happen to cancel under it)."""
 
     def __init__(self, key: int, device: torch.device) -> None:
         self._key = key & MASK
@@ -39,6 +39,7 @@ class Signs:
 
     def _draw(self, shape: tuple[int, ...], salt: int) -> Tensor:
         seed = splitmix64(self._key ^ splitmix64(shape[0] * 4 + salt))
-        generator = torch.Generator().manual_seed(seed)
-        bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.float32)
-        return bits.mul_(2).sub_(1).to(self._device)
+        # Drawn where they are used: a copy from the host would wait for all that a GPU has still to do.
+        generator = torch.Generator(self._device).manual_seed(seed)
+        bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.float32, device=self._device)
+        return bits.mul_(2).sub_(1)

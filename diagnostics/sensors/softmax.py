@@ -60,7 +60,7 @@ def row_sums(p: Tensor, kappa: Kappa) -> Tensor:
 def probabilities(p: Tensor, x: Tensor, kappa: Kappa) -> Tensor:
     """Readings fp32 [rows] of probabilities [rows, n] against the softmax of scores [rows, n], element by element."""
     found = []
-    for block in blocks(*p.shape):
+    for block in blocks(p):
         expected = torch.softmax(x[block].float(), dim=-1)
         limit = rounding(expected, p.dtype).add_(expected, alpha=Z * kappa.accumulate_at(p.shape[1]))
         found.append(worst_element(p[block].float(), expected, limit))
@@ -70,7 +70,7 @@ def probabilities(p: Tensor, x: Tensor, kappa: Kappa) -> Tensor:
 def log_probabilities(y: Tensor, x: Tensor, kappa: Kappa) -> Tensor:
     """Readings fp32 [rows] of log-probabilities [rows, n] against scores [rows, n], element by element."""
     found = []
-    for block in blocks(*y.shape):
+    for block in blocks(y):
         scores = x[block].float()
         total = torch.logsumexp(scores, dim=-1, keepdim=True)
         expected = scores - total
@@ -85,7 +85,7 @@ def softmax_gradient(dx: Tensor, grad: Tensor, p: Tensor, bench: Bench, kappa: K
     """Readings fp32 [rows] of dx [rows, n], the softmax's gradient for grad [rows, n] at p [rows, n]."""
     found = []
     signs = bench.signs.vector(dx.shape[1])
-    for block in blocks(*dx.shape):
+    for block in blocks(dx):
         weights = p[block].float()
         product = weights * grad[block].float()
         sums = both_sums(product, signs)
@@ -101,7 +101,7 @@ def log_softmax_gradient(dx: Tensor, grad: Tensor, y: Tensor, bench: Bench, kapp
     """Readings fp32 [rows] of dx [rows, n], the log-softmax's gradient for grad [rows, n] at y [rows, n]."""
     found = []
     signs = bench.signs.vector(dx.shape[1])
-    for block in blocks(*dx.shape):
+    for block in blocks(dx):
         weights, given = y[block].float().exp(), grad[block].float()
         sums = both_sums(given, signs)
         total = sums[:, :1]

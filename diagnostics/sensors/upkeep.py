@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diagnostics.sensors.digest import digest
+from diagnostics.sensors.digest import Stamp, differ, stamp
 from diagnostics.sensors.multilinear import splitmix64
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import Site
@@ -53,7 +53,7 @@ class Upkeep:
         self._sampler = sampler
         self._steps = 0
         self._copied: tuple[str, nn.Parameter, Optimizer] | None = None
-        self._digests: dict[str, int] = {}
+        self._digests: dict[str, Stamp] = {}
         self._found: list[Site] = []
         self._looked: list[Looked] = []
         self._seconds = 0.0
@@ -65,12 +65,11 @@ class Upkeep:
     def found(self) -> list[Site]:
         """Where an update or the state at rest was wrong since this was asked last; the state is compared now."""
         begin = time.perf_counter()
-        for name, value in self._state() if self._digests else ():
-            known = self._digests.get(name)
-            if known is None:
-                continue
+        known = [(name, value) for name, value in self._state() if name in self._digests] if self._digests else []
+        wrong = differ([(self._digests[name], stamp(value)) for name, value in known])
+        for (name, value), differs in zip(known, wrong, strict=True):
             self._looked.append(Looked(AT_REST, True))
-            if known != digest(value):
+            if differs:
                 self._found.append(Site(AT_REST, name, "digest", "step", tuple(value.shape)))
         found, self._found = self._found, []
         self._digests.clear()
@@ -124,7 +123,7 @@ class Upkeep:
         self._digests = {}
         for number, (name, value) in enumerate(self._state(), start=1):
             if self._draws(number):
-                self._digests[name] = digest(value)
+                self._digests[name] = stamp(value)
             else:
                 self._looked.append(Looked(AT_REST, False, NOT_DRAWN))
         self._seconds += time.perf_counter() - begin

@@ -350,7 +350,7 @@ def test_the_budget_counts_what_hashing_the_state_takes(monkeypatch: pytest.Monk
         now += each  # seconds by the clock below
         return 0
 
-    monkeypatch.setattr(upkeep, "digest", hashed)
+    monkeypatch.setattr(upkeep, "stamp", hashed)
     monkeypatch.setattr(upkeep, "time", SimpleNamespace(perf_counter=lambda: now))
     job = Trained(1e3)  # ample for everything else
     for _ in range(3):

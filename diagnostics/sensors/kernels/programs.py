@@ -54,7 +54,7 @@ def quantise_and_sum(
     fp32 [rows or grid rows, grid columns]; row_sums fp32 [2, rows, grid columns]: value times along [k], and squares;
     column_sums fp32 [grid rows, k]: value times down [rows], where DOWN.
     """
-    i, j = tl.program_id(0), tl.program_id(1)
+    i, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     blocks = tl.num_programs(1)
     row, column = i * HEIGHT + tl.arange(0, HEIGHT), j * _BLOCK + tl.arange(0, _BLOCK)
     inside = (row[:, None] < rows) & (column[None, :] < k)
@@ -104,19 +104,27 @@ def multiply_and_sum(
     SCALED: tl.constexpr,
     TILED: tl.constexpr,
     WIDEN: tl.constexpr,
+    SUM: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """out [m, n] = a [m, k] times the transpose of b [n, k] (any strides), and sums fp32 [m, grid columns] beside it.
 
     sums: the fp32 accumulator of each row times signs [n], before it is rounded to out's type. SCALED: a and b are
     E4M3 codes with 1x128 scales [rows, k / 128], K is 128, and each block's sum is scaled in fp32; TILED: b's scales
     are 128x128 ones [n / 128, k / 128], and N divides 128. WIDEN: operands go to fp32 first, for Triton's interpreter,
-    which multiplies bf16 as the integers of its bits. Grid: (m / M, n / N), rounded up.
+    which multiplies bf16 as the integers of its bits. SUM: False leaves the sums out, to time what they cost. Grid:
+    (m / M times n / N), each rounded up; TOGETHER rows of tiles go through all columns side by side, so that what they
+    read of b comes from the cache.
     """
-    i, j = tl.program_id(0), tl.program_id(1)
-    row, column = i * M + tl.arange(0, M), j * N + tl.arange(0, N)
+    downs, alongs = tl.cdiv(m, M), tl.cdiv(n, N)
+    band = tl.program_id(0) // (TOGETHER * alongs)
+    height = tl.minimum(downs - band * TOGETHER, TOGETHER)
+    inside_band = tl.program_id(0) % (TOGETHER * alongs)
+    i, j = band * TOGETHER + inside_band % height, inside_band // height
+    row, column = (i * M + tl.arange(0, M)).to(tl.int64), (j * N + tl.arange(0, N)).to(tl.int64)
     blocks = tl.cdiv(k, K)
     total = tl.zeros((M, N), tl.float32)
     for block in range(blocks):
@@ -138,10 +146,151 @@ def multiply_and_sum(
             total += tl.dot(left, right, out_dtype=tl.float32) * scale_a[:, None] * scale_b[None, :]
         else:
             total = tl.dot(left, right, total, out_dtype=tl.float32)
-    sign = tl.load(signs + column, mask=column < n, other=0.0)
-    tl.store(sums + row * tl.num_programs(1) + j, tl.sum(total * sign[None, :], 1), mask=row < m)
+    if SUM:
+        sign = tl.load(signs + column, mask=column < n, other=0.0)
+        tl.store(sums + row * alongs + j, tl.sum(total * sign[None, :], 1), mask=row < m)
     inside = (row[:, None] < m) & (column[None, :] < n)
     tl.store(out + row[:, None] * n + column[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def nearest(x):
+    """fp32 x to the nearest bf16 value, ties to even: the cast that follows is exact, under the interpreter too."""
+    bits = x.to(tl.int32, bitcast=True)
+    up = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(x == x, up.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def thin(
+    x,
+    vectors,
+    batch_x,
+    batch_vectors,
+    row,
+    rows,
+    k,
+    stride_row,
+    stride_k,
+    WIDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Rows of x [rows, k] (any strides) times vectors [k, V], fp32 [ROWS, V], and the squares of these rows [ROWS].
+
+    WIDEN: as in `multiply_and_sum`.
+    """
+    lane = tl.arange(0, V)
+    total, squares = tl.zeros((ROWS, V), tl.float32), tl.zeros((ROWS,), tl.float32)
+    start = x + batch_x + row.to(tl.int64)[:, None] * stride_row
+    for block in range(tl.cdiv(k, K)):
+        at = block * K + tl.arange(0, K)
+        left = tl.load(
+            start + at.to(tl.int64)[None, :] * stride_k, mask=(row[:, None] < rows) & (at[None, :] < k), other=0.0
+        )
+        right = tl.load(vectors + batch_vectors + at[:, None] * V + lane[None, :], mask=at[:, None] < k, other=0.0)
+        wide = left.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+        if WIDEN:
+            left, right = wide, right.to(tl.float32)
+        total = tl.dot(left, right, total, out_dtype=tl.float32)
+    return total, squares
+
+
+@triton.jit
+def along_probes(
+    x,
+    vectors,
+    out,
+    squares,
+    parts,
+    rows,
+    k,
+    stride_batch,
+    stride_row,
+    stride_k,
+    alpha,
+    PER_BATCH: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """out [batch, rows, V] = alpha x [batch, rows, k] (any strides) vectors, in out's type; x's squared row norms fp32.
+
+    vectors [k, V], or PER_BATCH [batch, k, V]. parts fp32 [batch, 2, tiles]: sums over a tile's rows of out's squares
+    and of x's. Grid: (rows / ROWS rounded up, batch).
+    """
+    i, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles = tl.num_programs(0)
+    row, lane = i * ROWS + tl.arange(0, ROWS), tl.arange(0, V)
+    from_vectors = batch * k * V if PER_BATCH else batch * 0
+    total, norms = thin(
+        x, vectors, batch * stride_batch, from_vectors, row, rows, k, stride_row, stride_k, WIDEN, ROWS, K, V
+    )
+    total *= alpha
+    place = batch * rows + row
+    tl.store(squares + place, norms, mask=row < rows)
+    kept = total if out.dtype.element_ty == tl.float32 else nearest(total)
+    tl.store(out + place[:, None] * V + lane[None, :], kept.to(out.dtype.element_ty), mask=row[:, None] < rows)
+    tl.store(parts + batch * 2 * tiles + i, tl.sum(tl.sum(total * total, 1), 0))
+    tl.store(parts + (batch * 2 + 1) * tiles + i, tl.sum(norms, 0))
+
+
+@triton.jit
+def energy(
+    c,
+    vectors,
+    predicted,
+    squares,
+    parts,
+    parts_of_weights,
+    readings,
+    rows,
+    n,
+    stride_batch,
+    stride_row,
+    stride_n,
+    tiles,
+    tiles_of_weights,
+    over_inner,
+    rounding,
+    sums,
+    floor,
+    WIDEN: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_OF_WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """readings fp32 [batch, rows] of c [batch, rows, n] (any strides): the formula of `sensors.rounded`.
+
+    predicted fp32 [batch, rows, V], squares and parts: `along_probes` of the left operand, parts_of_weights [batch, 2,
+    tiles_of_weights] that of the right one. over_inner: alpha^2 / inner dimension; rounding, sums: the constants times
+    what they are multiplied by. TILES, TILES_OF_WEIGHTS: powers of two not below tiles. Grid: as `along_probes`.
+    """
+    i, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, lane = i * ROWS + tl.arange(0, ROWS), tl.arange(0, V)
+    total, _ = thin(c, vectors, batch * stride_batch, batch * 0, row, rows, n, stride_row, stride_n, WIDEN, ROWS, K, V)
+    place = batch * rows + row
+    there = row < rows
+    expected = tl.load(predicted + place[:, None] * V + lane[None, :], mask=there[:, None], other=0.0)
+    gap = total - expected
+    residual = tl.sqrt(tl.sum(gap * gap, 1) / V)
+    square = tl.load(squares + place, mask=there, other=0.0)
+    at, at_weight = tl.arange(0, TILES), tl.arange(0, TILES_OF_WEIGHTS)
+    first = parts + batch * 2 * tiles
+    estimates = tl.sum(tl.load(first + at, mask=at < tiles, other=0.0), 0) / V
+    all_squares = tl.sum(tl.load(first + tiles + at, mask=at < tiles, other=0.0), 0)
+    of_weights = parts_of_weights + batch * 2 * tiles_of_weights
+    weights = tl.sum(tl.load(of_weights + at_weight, mask=at_weight < tiles_of_weights, other=0.0), 0) / V
+    gain = tl.minimum(estimates / tl.maximum(all_squares, floor * floor), 1 / floor / floor)
+    estimate = tl.sum(expected * expected, 1) / V
+    limit = tl.maximum(tl.sqrt(estimate + square * tl.maximum(gain, weights * over_inner)), floor) * rounding
+    limit += tl.maximum(tl.sqrt(square), floor) * (tl.maximum(tl.sqrt(weights), floor) * sums)
+    tl.store(readings + place, residual / limit, mask=there)
 
 
 @triton.jit

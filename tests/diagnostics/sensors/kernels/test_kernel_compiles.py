@@ -24,7 +24,7 @@ def ptx(kernel, warps, constants, **types):
 
 floats = dict.fromkeys("along down scales row_sums column_sums scales_a scales_b signs sums".split(), "*fp32")
 limits = dict.fromkeys(("largest", "least_amax", "not_below"), "fp32")
-tile = {"TILED": True, "WIDEN": False, "M": 64, "N": 64}
+tile = {"TILED": True, "WIDEN": False, "SUM": True, "M": 64, "N": 64, "TOGETHER": 8}
 print(json.dumps({
     "hash": ptx(programs.hash_words, 4, {"BLOCK_WORDS": 4096, "TILE": 1024},
                 words="*i32", table="*i64", total="*i64", start="i64", seed="i64"),

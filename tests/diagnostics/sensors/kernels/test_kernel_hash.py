@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import DEVICE
 from torch import Tensor
 
 from diagnostics.sensors import digest as module
@@ -18,7 +19,7 @@ STARTS = st.one_of(st.integers(0, 3 * BLOCK_WORDS), st.integers(0, 2**40), st.sa
 
 
 def bytes_of(size: int, seed: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)).to(DEVICE)
 
 
 @settings(max_examples=60)
@@ -27,7 +28,7 @@ def test_the_bits_are_the_references(size: int, start: int, skip: int, seed: int
     flat = bytes_of(size + skip, seed)[skip:]
     found = hashed(flat, start)
     assert (found.dtype, found.shape) == (torch.int64, ())
-    assert int(found) & MASK == digest(flat, start)
+    assert int(found) & MASK == digest(flat.cpu(), start)
 
 
 def test_two_states_are_compared_where_they_lie() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import quantise
 from torch import Tensor
 
 from agent.model.fp8 import Blocks, Emulation, Recipe
-from diagnostics.sensors.kernels.quantised import Quantised, Scaling, quantise
+from diagnostics.sensors.kernels.quantised import Quantised, Scaling
 
 
 def skewed(rows: int, k: int, seed: int) -> Tensor:
