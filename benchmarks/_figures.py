@@ -35,13 +35,15 @@ class Figure:
             self.met = self.value >= self.target if self.better == "higher" else self.value <= self.target
 
 
-def document(name: str, figures: Sequence[Figure], threads: int) -> str:
-    """The JSON document for stdout."""
-    machine = {
+def document(name: str, figures: Sequence[Figure], threads: int, accelerator: str | None = None) -> str:
+    """The JSON document for stdout; `accelerator` names the GPU that figures were taken on."""
+    machine: dict[str, str | int | None] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "torch": metadata.version("torch"),
         "threads": threads,
     }
+    if accelerator is not None:
+        machine["accelerator"] = accelerator
     body = {"schema": SCHEMA, "name": name, "machine": machine, "figures": [asdict(figure) for figure in figures]}
     return json.dumps(body, indent=1)
