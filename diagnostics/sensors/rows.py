@@ -90,9 +90,7 @@ def bits(t: Tensor) -> Tensor:
     """
     t = t.resolve_conj().resolve_neg()
     if t.is_complex():
-        t = torch.view_as_real(t.resolve_conj()).flatten(
-            -2
-        )  # `freqs.conj()` is a view whose sign is still to be turned
+        t = torch.view_as_real(t).flatten(-2)
     return t.view(_INTEGERS[t.element_size()])
 
 
