@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from diagnostics.sensors.multilinear import (
@@ -17,10 +20,11 @@ from diagnostics.sensors.multilinear import (
     block_multipliers,
     chain,
     digest_bytes,
-    digest_words,
     hexdigest,
     weight_table,
 )
+from diagnostics.sensors.piecewise import PIECE_BYTES, pieces
+from diagnostics.sensors.rows import bits
 
 __all__ = [
     "Stamp",
@@ -40,6 +44,11 @@ Stamp = int | torch.Tensor
 #: Words that are widened to 64 bits at a time where no kernel does it: 64 MiB of products.
 _WORDS_AT_ONCE = 2048 * BLOCK_WORDS
 
+#: Bytes that are worth a thread of its own, which takes some 0.1 ms to start: 0.5 ms of hashing.
+_THREAD_BYTES = 1 << 22
+
+_Part = tuple[npt.NDArray[Any], int]  # with the index of its first word
+
 
 def words_of(t: torch.Tensor) -> int:
     """How many 32-bit words `t` takes in the digest: where the next segment of the same state starts."""
@@ -52,15 +61,61 @@ def digest(t: torch.Tensor, start: int = 0) -> int:
     `start` is the global index, in 32-bit words, of the first word: with s = words_of(first),
     digest(whole) == (digest(first) + digest(rest, s)) mod 2^64. A tensor whose bytes are not a multiple of 4 is
     padded with zeros; shape and dtype are not hashed (a manifest holds them). See `multilinear` for the formula.
+    What is large is shared between as many threads as torch has; what has gaps is copied piece by piece, in the caches.
     """
     if t.device.type != "cpu":
         return int(digest_on_device(t, start).item()) & MASK
+    parts = [] if t.is_contiguous() or t.nbytes <= PIECE_BYTES else _pieces(t, start)
+    if parts:
+        return _shared(parts, t.nbytes)
     flat = _flat(t)
     whole = flat.numel() // WORD_BYTES * WORD_BYTES
-    total = digest_words(flat[:whole].numpy().view(np.uint32), start)
+    total = _shared(_slices(flat[:whole].numpy().view(np.uint32), start), whole)
     if whole < flat.numel():
         total += digest_bytes(flat[whole:].numpy().tobytes(), start + whole // WORD_BYTES)
     return total & MASK
+
+
+def _slices(words: npt.NDArray[np.uint32], start: int) -> list[_Part]:
+    """One for each thread, cut where the weights' blocks end."""
+    step = -(-len(words) // _threads(words.nbytes) // BLOCK_WORDS) * BLOCK_WORDS or 1
+    places = [0, *range(step - start % BLOCK_WORDS, len(words), step)] if step < len(words) else [0]
+    return [(words[a:b], start + a) for a, b in zip(places, [*places[1:], len(words)], strict=True)]
+
+
+def _pieces(t: torch.Tensor, start: int) -> list[_Part]:
+    """Pieces that a cache holds, in row-major order; none where one does not end with a word."""
+    values = bits(t.detach())
+    found, at = [], start * WORD_BYTES
+    for piece in pieces(values):
+        if at % WORD_BYTES:
+            return []
+        part = values[piece]
+        found.append((part.numpy(), at // WORD_BYTES))
+        at += part.nbytes
+    return found
+
+
+def _shared(parts: list[_Part], size: int) -> int:
+    """The digest of all parts, `size` bytes, by threads of this call alone: a pool would not outlive a fork."""
+    count = min(_threads(size), len(parts))
+    if count < 2:
+        return _digest_parts(parts)
+    with ThreadPoolExecutor(count - 1) as others:
+        theirs = [others.submit(_digest_parts, parts[i::count]) for i in range(1, count)]
+        total = _digest_parts(parts[::count])
+        return (total + sum(each.result() for each in theirs)) & MASK
+
+
+def _digest_parts(parts: list[_Part]) -> int:
+    total = 0
+    for part, at in parts:
+        total += digest_bytes(np.ascontiguousarray(part).data, at)
+    return total & MASK
+
+
+def _threads(size: int) -> int:
+    return max(1, min(torch.get_num_threads(), size // _THREAD_BYTES))
 
 
 def digest_on_device(t: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -126,7 +181,8 @@ def _by_torch(flat: torch.Tensor, start: int) -> torch.Tensor:
 
 def _flat(t: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes in row-major order, uint8 [n]."""
-    return t.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = t.detach().resolve_conj().resolve_neg().contiguous()
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)  # one element may keep any stride
 
 
 def _there(weights: Unsigned, device: torch.device) -> torch.Tensor:

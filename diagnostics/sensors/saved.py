@@ -6,7 +6,8 @@ of `multilinear`: any flip of any number of bits of one word shows.
 Sees: memory that changed meanwhile, which the check of a product cannot see, since both of its sides share the operand.
 Does not see: a value that was wrong when it was kept (its own operator's check does); what checkpointing drops and
 makes again; the model's buffers, which a normalisation saves and then updates. Cost: one hash when a tensor is first
-kept, one whenever it is used; on GPUs the hashes and their comparison stay on the device.
+kept, one whenever it is used, large ones by as many threads as torch has; on GPUs the hashes and their comparison stay
+on the device.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Saved:
             known = self._known.get(key)
             if known is None or known[0].expired():  # type: ignore[no-untyped-call]
                 storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-                known = self._known[key] = (storage, stamp(tensor))
+                known = self._known[key] = (storage, stamp(_in_order(tensor)))
         self._watcher.spent(time.perf_counter() - begin)
         return Kept(tensor, known[1])
 
@@ -72,6 +73,13 @@ class Saved:
             return kept
         begin = time.perf_counter()
         with quiet():
-            self._watcher.compared(kept.tensor, stamp(kept.tensor) == kept.hash)
+            self._watcher.compared(kept.tensor, stamp(_in_order(kept.tensor)) == kept.hash)
         self._watcher.spent(time.perf_counter() - begin)
         return kept.tensor
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """Its values in the order of its memory, each once: q, k and v are views of one product, which lie across."""
+    steps = tensor.stride()
+    seen = tensor.permute(sorted(range(len(steps)), key=lambda dim: -steps[dim]))
+    return seen[tuple(slice(0, 1) if step == 0 else slice(None) for step in seen.stride())]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diagnostics.sensors import digest as hashing
+from diagnostics.sensors import piecewise
 from diagnostics.sensors.digest import chain, digest, digest_bytes, digest_on_device, hexdigest, words_of
 from diagnostics.sensors.multilinear import BLOCK_WORDS, block_multiplier, block_multipliers, weight_table
 
@@ -48,9 +53,54 @@ def test_tensor_and_bytes_agree(dtype: torch.dtype) -> None:
     assert digest(t.t()) == digest(t.t().contiguous())
 
 
+@settings(max_examples=25)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.complex64]),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.integers(1, 3000),
+    st.integers(0, 2 * BLOCK_WORDS),
+    st.sampled_from([(0, 1, 2), (1, 0, 2), (2, 1, 0)]),
+    st.integers(1, 3),
+)
+def test_threads_and_gaps_change_no_digest(
+    dtype: torch.dtype, a: int, b: int, c: int, start: int, order: tuple[int, int, int], threads: int
+) -> None:
+    """Parts of a large tensor are hashed by several threads, those of a view with gaps from copies of its pieces."""
+    generator = torch.Generator().manual_seed(a * b * c)
+    t = (torch.randn(a, b, c + 3, generator=generator) * 50).to(dtype)[..., :c].permute(order)
+    data = t.clone(memory_format=torch.contiguous_format)
+    with (
+        patch.object(hashing, "PIECE_BYTES", 1 << 12),
+        patch.object(piecewise, "PIECE_BYTES", 1 << 12),
+        patch.object(hashing, "_THREAD_BYTES", 1 << 13),
+        patch.object(torch, "get_num_threads", lambda: threads),
+    ):
+        found = digest(t, start), digest(data, start)
+    assert found == (digest_bytes(data.view(-1).view(torch.uint8).numpy().tobytes(), start),) * 2
+
+
+def test_large_tensors_are_shared_between_threads() -> None:
+    seen: set[int] = set()
+
+    def followed(*part: object) -> int:
+        seen.add(threading.get_ident())
+        return digest_bytes(*part)  # type: ignore[arg-type]
+
+    t = torch.arange(1 << 20)
+    with patch.object(hashing, "digest_bytes", followed), patch.object(torch, "get_num_threads", lambda: 2):
+        for value, count in ((t, 2), (t[:1000], 1), (t.view(-1, 2)[:, 0], 1), (t.repeat(3).view(-1, 3)[:, :2], 2)):
+            seen.clear()
+            digest(value)
+            assert len(seen) == count
+
+
 def test_edge_shapes() -> None:
     assert digest(torch.empty(0)) == 0
     assert digest(torch.tensor(1.0)) == digest(torch.tensor([[1.0]]))
+    assert digest(torch.ones(1, 4)[:, :1].t()) == digest(torch.ones(1))  # one element, of whatever stride
+    turned = torch.tensor([1 + 2j]).conj()
+    assert digest(turned) == digest(torch.tensor([1 - 2j]))
     odd = torch.arange(9, dtype=torch.uint8)
     assert digest(odd[1:]) == digest_bytes(bytes(range(1, 9)))  # not aligned to a word
     with pytest.raises(ValueError, match="start"):
