@@ -18,19 +18,21 @@ Every row is drawn with probability ROWS / T a step, and a run of ceil(T / ROWS)
 Does not see: wrong q, k, v or mask; inside the hull, what the sample leaves out. Scores are where faults last longest
 and show least: a wrong score leaves P stochastic, so nothing but making it again can see it in the forward. Nothing is
 said of scores so large (|scale q k| above 1e5 in fp32) that their own rounding moves P.
-Cost: five passes over O, and ROWS / T of the forward's two products.
+Cost: two passes over O and four over K and V, and ROWS / T of the forward's two products; on a CPU head by head, in
+the caches (`Attention.parts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
-from diagnostics.sensors.rows import argument, ratio, rounding, worst_element
+from diagnostics.sensors.rows import BLOCK_ELEMENTS, argument, ratio, rounding, worst_element
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, Z
 
@@ -45,6 +47,22 @@ _CLOSED = 1e4
 
 # exp of more than this is infinity in fp32: a tolerance that has grown so far says nothing, and must not become NaN.
 _SATURATED = 80.0
+
+
+class Part(NamedTuple):
+    """Some entries of the batch, some key heads, and the query heads that share those."""
+
+    batch: slice
+    keys: slice
+    queries: slice
+
+    def of_queries(self, t: Tensor) -> Tensor:
+        """Its share of a tensor [B, H, ...]."""
+        return t[self.batch, self.queries]
+
+    def of_keys(self, t: Tensor) -> Tensor:
+        """Its share of a tensor [B, H / G, ...]."""
+        return t[self.batch, self.keys]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +95,33 @@ class Attention:
         """Query heads that share a key head."""
         return self.query.shape[1] // self.key.shape[1]
 
+    def parts(self) -> Iterator[Part]:
+        """Cuts the call, in the order of its heads, into parts whose operands stay in the caches of a CPU.
+
+        A mask keeps an entry's heads together: they share it. Elsewhere than on CPUs all is one part.
+        """
+        (batch, heads), groups = self.key.shape[:2], self.groups
+        each = max(1, max(self.query.shape[2] * groups, self.key.shape[2]) * self.query.shape[3])
+        entries, some = batch, heads
+        if self.key.device.type == "cpu":
+            entries = max(1, BLOCK_ELEMENTS // (each * heads))
+            some = max(1, BLOCK_ELEMENTS // each) if entries == 1 and self.mask is None else heads
+        for b in range(0, batch, entries):
+            for h in range(0, heads, some):
+                yield Part(slice(b, b + entries), slice(h, h + some), slice(h * groups, (h + some) * groups))
+
+    def at(self, part: Part) -> Attention:
+        """One part of the call, with keys and values in fp32."""
+        key, value = (packed(part.of_keys(t)).float() for t in (self.key, self.value))
+        mask = self.mask
+        if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+            mask = mask[part.batch]
+        return replace(self, query=part.of_queries(self.query), key=key, value=value, mask=mask)
+
     def grouped(self, rows: Tensor) -> Tensor:
         """fp32 [B, H / G, G m, n] of rows [B, H, m, n]: those that meet the same keys beside each other."""
         batch, _, m, n = rows.shape
-        return rows.float().reshape(batch, self.key.shape[1], self.groups * m, n)
+        return packed(rows).float().reshape(batch, self.key.shape[1], self.groups * m, n)
 
     def scores(self, index: Tensor) -> Tensor:
         """fp32 [B, H / G, G m, S]: the scores of query rows `index` int64 [m], masked ones -inf."""
@@ -107,22 +148,31 @@ class Attention:
             mask = mask.masked_fill(torch.ones(shape, dtype=torch.bool, device=mask.device).triu_(1), -torch.inf)
         return (mask.amax(-1) != -torch.inf).expand(self.query.shape[:3])
 
-    def score_noise(self, kappa: Kappa) -> Tensor:
-        """fp32 [B, H, T]: e, one standard deviation of a row's scores (the largest key's), without z."""
+    def score_noise(self, kappa: Kappa, index: Tensor | None = None) -> Tensor:
+        """fp32 [B, H, T], or [B, H, m] of rows `index` int64 [m]: e, one standard deviation of a row's scores (the
+        largest key's), without z."""
+        query = self.query if index is None else self.query.index_select(2, index)
         longest = torch.linalg.vector_norm(self.key, dim=-1, dtype=torch.float32).amax(-1)
-        lengths = torch.linalg.vector_norm(self.query, dim=-1, dtype=torch.float32)
+        lengths = torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32)
         largest: Tensor = lengths * longest.repeat_interleave(self.groups, dim=1)[..., None]
-        noise = largest * (abs(self.scale) * kappa.accumulate_at(self.query.shape[-1]))
+        noise = largest * (abs(self.scale) * kappa.accumulate_at(query.shape[-1]))
         if self.mask is None:
             return noise
         sizes = self.mask.abs()
         added = torch.where(sizes < _CLOSED, sizes, 0.0).amax(-1)
+        if index is not None and added.shape[-1] > 1:
+            added = added.index_select(-1, index)
         return noise + added.float() * kappa.accumulate
 
 
 def lse_of(given: Tensor) -> Tensor:
     """fp32 [B, H, T] of what a kernel gives: cuDNN's is [B, H, T, 1]."""
     return given.squeeze(-1) if given.dim() == 4 else given
+
+
+def packed(t: Tensor) -> Tensor:
+    """Without gaps on a CPU, where a few rows of each page would not stay in the caches from pass to pass."""
+    return t.contiguous() if t.device.type == "cpu" else t
 
 
 def sampled_rows(rows: int, signs: Signs, device: torch.device) -> Tensor:
@@ -140,13 +190,24 @@ def amplified(noise: Tensor) -> Tensor:
 
 
 def hull_readings(out: Tensor, value: Tensor, kappa: Kappa) -> Tensor:
-    """Readings fp32 [B H T] of out [B, H, T, Dv] against the range of value [B, H / G, S, Dv], column by column."""
-    low, high = torch.aminmax(value, dim=2, keepdim=True)
+    """Readings fp32 [B H T] of out [B, H, T, Dv] against the range of value [B, H / G, S, Dv], column by column.
+
+    On a CPU, where the host waits for nobody, columns that lie inside altogether are not looked at row by row.
+    """
     groups = out.shape[1] // value.shape[1]
-    low, high = (t.float().repeat_interleave(groups, dim=1) for t in (low.clamp(max=0), high.clamp(min=0)))
+    low, high = value.amin(2, keepdim=True).clamp(max=0), value.amax(2, keepdim=True).clamp(min=0)
+    low, high = (t.float().repeat_interleave(groups, dim=1) for t in (low, high))
+    if out.device.type == "cpu" and _inside(out, low, high):
+        return torch.zeros(out.shape[:3]).flatten()
     limit = torch.maximum(high, -low) * (Z * (kappa.output + kappa.accumulate_at(value.shape[2])))
     excess = torch.maximum(out.float() - high, low - out.float()).clamp_(min=0)
     return ratio(excess, limit).amax(-1).flatten()
+
+
+def _inside(out: Tensor, low: Tensor, high: Tensor) -> bool:
+    """Whether every element lies in a finite range of its column; NaN does not."""
+    least, largest = out.amin(2, keepdim=True), out.amax(2, keepdim=True)
+    return bool(((least >= low) & (largest <= high) & (high - low).isfinite()).all())
 
 
 def row_readings(
@@ -160,7 +221,7 @@ def row_readings(
     total = torch.logsumexp(scores, dim=-1, keepdim=True)
     weights = torch.exp(scores - total.clamp(min=torch.finfo(torch.float32).min))  # masked throughout: all zeros
     value = attention.value.float()
-    noise = attention.grouped(attention.score_noise(kappa).index_select(2, index)[..., None])
+    noise = attention.grouped(attention.score_noise(kappa, index)[..., None])
     expected = torch.matmul(weights, value)
     largest = value.abs().amax(2, keepdim=True)
     limit = largest * (amplified(noise) + Z * kappa.accumulate_at(keys))
@@ -181,14 +242,20 @@ def _forward(call: Call, bench: Bench) -> Iterable[Checked]:
     kappa = bench.kappa("sdpa", out)
     if out.numel() == 0 or attention.key.shape[2] == 0:
         return
-    yield Checked(SENSOR, "out", hull_readings(out, attention.value, kappa), tuple(out.shape))
-    if lse.numel() == 0:
-        return  # made without: nobody will go backwards
     index = sampled_rows(out.shape[2], bench.signs, out.device)
-    of_out, of_lse = row_readings(attention, out, lse, index, kappa, bench.kappa("sdpa_exp", out))
-    shape = (*out.shape[:2], len(index), out.shape[3])
-    yield Checked(SENSOR, "out rows", of_out, shape)
-    yield Checked(SENSOR, "lse", of_lse, shape[:3])
+    hull, of_out, of_lse = [], [], []
+    for part in attention.parts():
+        some, given = attention.at(part), part.of_queries(out)
+        hull.append(hull_readings(given, some.value, kappa))
+        if lse.numel():  # without it nobody will go backwards
+            rows = row_readings(some, given, part.of_queries(lse), index, kappa, bench.kappa("sdpa_exp", out))
+            of_out.append(rows[0])
+            of_lse.append(rows[1])
+    yield Checked(SENSOR, "out", torch.cat(hull), tuple(out.shape))
+    if of_out:
+        shape = (*out.shape[:2], len(index), out.shape[3])
+        yield Checked(SENSOR, "out rows", torch.cat(of_out), shape)
+        yield Checked(SENSOR, "lse", torch.cat(of_lse), shape[:3])
 
 
 CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {

@@ -28,18 +28,19 @@ Sampled rows of dQ (the forward's choice) are made again from q, k, v, dO and ls
 scale (z eta + z output ||dS||) max |K_j| and the rounding of dQ.
 
 Does not see: wrong q, k, v, dO; an O and lse that are wrong together; faults that cancel in a column of dK or dV; those
-of a dQ row whose q is zero. A stuck dS that both products read shows in 2 only. Cost: about 20 passes over q's size.
+of a dQ row whose q is zero. A stuck dS that both products read shows in 2 only. Cost: about 30 passes over q's size,
+on a CPU head by head in the caches: eight over memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from diagnostics.sensors.attention import SENSOR, Attention, amplified, lse_of, sampled_rows
+from diagnostics.sensors.attention import SENSOR, Attention, Part, amplified, lse_of, packed, sampled_rows
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked
 from diagnostics.sensors.rows import argument, ratio, rounding, unit_roundoff, worst_element
 from diagnostics.sensors.tolerance import LANE_TERMS, Kappa, Z
@@ -51,7 +52,7 @@ _ALIKE = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """One backward call: what came in, grouped by key head (Q = G T queries each), in fp32."""
+    """One part of a backward call: what came in, grouped by key head (Q = G T queries each), in fp32."""
 
     attention: Attention
     query: Tensor  # [B, H / G, Q, D]
@@ -59,49 +60,40 @@ class Backward:
     lse: Tensor  # [B, H / G, Q, 1]
     key: Tensor  # [B, H / G, S, D]
     value: Tensor  # [B, H / G, S, Dv]
-    corrected: Tensor  # dO O, elementwise: D is its row sum
+    out: Tensor  # [B, H, T, Dv], as it was given
     score_noise: Tensor  # [B, H / G, Q, 1]
+    dot_noise: Tensor  # [B, H / G, Q, 1]: z eta, the noise of one row's dP - D
     kappa: Kappa  # of the results
     inner: Kappa  # of the products that P and dP come from, as in the forward
 
     @classmethod
-    def of(cls, call: Call, attention: Attention, grad: Tensor, kappa: Kappa, inner: Kappa) -> Backward:
-        """Read a call's operands."""
-        rows = attention.query.shape[2]
-        lse = attention.grouped(lse_of(argument(call, "logsumexp"))[..., :rows, None])  # some kernels pad it
-        seeing, grad = attention.seeing(), attention.grouped(grad)
+    def of(cls, call: Call, whole: Attention, part: Part, grad: Tensor, kappa: Kappa, inner: Kappa) -> Backward:
+        """Read a part of a call's operands."""
+        attention, rows = whole.at(part), whole.query.shape[2]
+        query = attention.grouped(attention.query)
+        attention = replace(attention, query=query.reshape(attention.query.shape))
+        lse = part.of_queries(lse_of(argument(call, "logsumexp")))
+        lse = attention.grouped(lse[..., :rows, None])  # some kernels pad it
+        seeing, grad = attention.seeing(), attention.grouped(part.of_queries(grad))
         if seeing is not None:
             grad = torch.where(attention.grouped(seeing[..., None]) != 0, grad, 0.0)
-        return cls(
-            attention,
-            attention.grouped(attention.query),
-            grad,
-            lse,
-            attention.key.float(),
-            attention.value.float(),
-            grad * attention.grouped(argument(call, "out")),
-            attention.grouped(attention.score_noise(inner)[..., None]),
-            kappa,
-            inner,
-        )
+        noise = attention.grouped(attention.score_noise(inner)[..., None])
+        sums = Z * (inner.accumulate_at(attention.value.shape[3]) + inner.accumulate_at(attention.key.shape[2]))
+        dots = (amplified(noise) + sums) * _lengths(grad) * _lengths(attention.value).amax(2, keepdim=True)
+        out = part.of_queries(argument(call, "out"))
+        key, value = attention.key, attention.value
+        return cls(attention, query, grad, lse, key, value, out, noise, dots, kappa, inner)
 
     @property
     def terms(self) -> int:
         """The longest sum: over a head's queries or keys."""
         return max(self.query.shape[2], self.key.shape[2])
 
-    def dot_noise(self) -> Tensor:
-        """fp32 [B, H / G, Q, 1]: z eta, the noise of one row's dP - D."""
-        inner = self.inner
-        longest = _lengths(self.value).amax(2, keepdim=True)
-        sums = Z * (inner.accumulate_at(self.value.shape[3]) + inner.accumulate_at(self.key.shape[2]))
-        return (amplified(self.score_noise) + sums) * _lengths(self.grad) * longest
-
 
 def dv_readings(given: Backward, dv: Tensor) -> Tensor:
     """Readings fp32 [B H/G] of dv [B, H/G, S, Dv]: its sum over keys is dO's over queries."""
     kappa, alike = given.kappa, unit_roundoff(dv.dtype)
-    dv = dv.float()
+    dv = packed(dv).float()
     total = given.grad.sum(2)
     size = _column_norms(given.grad)
     drift = total.abs() * (_ALIKE * alike * (1 + given.terms / LANE_TERMS) ** 0.5)
@@ -115,21 +107,22 @@ def dk_readings(given: Backward, dk: Tensor) -> Tensor:
     """Readings fp32 [B H/G] of dk [B, H/G, S, D]: its sum over keys is 0."""
     kappa, dk = given.kappa, dk.float()
     scale = abs(given.attention.scale)
-    limit = _column_norms(given.dot_noise() * given.query) * scale
+    limit = _column_norms(given.dot_noise * given.query) * scale
     limit += _column_norms(dk) * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
     if kappa.output:
-        limit += _column_norms(_lengths(given.corrected) * given.query) * (Z * kappa.output * scale)
+        corrected = given.grad * given.attention.grouped(given.out)  # D is its row sum
+        limit += _column_norms(_lengths(corrected) * given.query) * (Z * kappa.output * scale)
     return ratio(dk.sum(2), limit).amax(-1).flatten()
 
 
 def dq_readings(given: Backward, dq: Tensor, dk: Tensor, r: Tensor) -> Tensor:
     """Readings fp32 [B H/G] of dq [B, H, T, D] and dk [B, H/G, S, D]: Q^T (dQ r) = dK^T (K r), signs r fp32 [D]."""
     dq, dk, kappa = given.attention.grouped(dq), dk.float(), given.kappa
-    there = torch.matmul(given.query.transpose(-1, -2), torch.matmul(dq, r)[..., None])
-    back = torch.matmul(dk.transpose(-1, -2), torch.matmul(given.key, r)[..., None])
+    there = torch.matmul(torch.matmul(dq, r)[:, :, None], given.query)  # row vectors: BLAS reads the matrix in order
+    back = torch.matmul(torch.matmul(given.key, r)[:, :, None], dk)
     sizes = _column_norms(_lengths(dq) * given.query) + _column_norms(_lengths(given.key) * dk)
     limit = sizes * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
-    return ratio((there - back)[..., 0], limit).amax(-1).flatten()
+    return ratio((there - back)[:, :, 0], limit).amax(-1).flatten()
 
 
 def dq_row_readings(given: Backward, dq: Tensor, index: Tensor) -> Tensor:
@@ -143,9 +136,10 @@ def dq_row_readings(given: Backward, dq: Tensor, index: Tensor) -> Tensor:
 
     weights = torch.exp(attention.scores(index) - picked(given.lse).clamp(min=torch.finfo(torch.float32).min))
     products = torch.matmul(picked(given.grad), given.value.transpose(-1, -2))
-    slopes = weights * (products - picked(given.corrected).sum(-1, keepdim=True))
+    corrected = picked(given.grad) * attention.grouped(given.out.index_select(2, index))
+    slopes = weights * (products - corrected.sum(-1, keepdim=True))
     expected = torch.matmul(slopes, given.key) * attention.scale
-    noise = picked(given.dot_noise()) + _lengths(slopes) * (Z * kappa.output)
+    noise = picked(given.dot_noise) + _lengths(slopes) * (Z * kappa.output)
     limit = noise * given.key.abs().amax(2, keepdim=True) * abs(attention.scale)
     if kappa.output:
         limit += rounding(expected, dq.dtype)
@@ -153,7 +147,9 @@ def dq_row_readings(given: Backward, dq: Tensor, index: Tensor) -> Tensor:
 
 
 def _column_norms(t: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(t, dim=2)
+    """[B, H, n] of fp32 [B, H, rows, n]. On CPUs torch's norm over another dimension than the last takes six times as
+    long as squares and their sum; on GPUs it writes no squares."""
+    norms: Tensor = t.square().sum(2).sqrt_() if t.device.type == "cpu" else torch.linalg.vector_norm(t, dim=2)
     return norms
 
 
@@ -168,14 +164,19 @@ def _backward(call: Call, bench: Bench) -> Iterable[Checked]:
     attention, grad = Attention.of(call), argument(call, name)
     if grad.numel() == 0 or attention.key.numel() == 0:
         return
-    given = Backward.of(call, attention, grad, bench.kappa("sdpa_backward", grad), bench.kappa("sdpa", grad))
-    yield Checked(SENSOR, "dv", dv_readings(given, dv), tuple(dv.shape))
-    yield Checked(SENSOR, "dk", dk_readings(given, dk), tuple(dk.shape))
-    signs = bench.signs.vector(dq.shape[3])
-    yield Checked(SENSOR, "dq", dq_readings(given, dq, dk, signs), tuple(dk.shape))
-    index = sampled_rows(dq.shape[2], bench.signs, dq.device)
-    readings = dq_row_readings(given, dq, index)
-    yield Checked(SENSOR, "dq rows", readings, (*dq.shape[:2], len(index), dq.shape[3]))
+    kappa, inner = bench.kappa("sdpa_backward", grad), bench.kappa("sdpa", grad)
+    signs, index = bench.signs.vector(dq.shape[3]), sampled_rows(dq.shape[2], bench.signs, dq.device)
+    found: dict[str, list[Tensor]] = {"dv": [], "dk": [], "dq": [], "dq rows": []}
+    for part in attention.parts():
+        given = Backward.of(call, attention, part, grad, kappa, inner)
+        of_queries, of_keys = part.of_queries(dq), packed(part.of_keys(dk))
+        found["dv"].append(dv_readings(given, part.of_keys(dv)))
+        found["dk"].append(dk_readings(given, of_keys))
+        found["dq"].append(dq_readings(given, of_queries, of_keys, signs))
+        found["dq rows"].append(dq_row_readings(given, of_queries, index))
+    rows = (*dq.shape[:2], len(index), dq.shape[3])
+    for name, shape in (("dv", dv.shape), ("dk", dk.shape), ("dq", dk.shape), ("dq rows", rows)):
+        yield Checked(SENSOR, name, torch.cat(found[name]), tuple(shape))
 
 
 CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {

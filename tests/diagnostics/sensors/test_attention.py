@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -81,6 +82,51 @@ def test_clean_attention_never_alarms(shape: Shape, dtype: torch.dtype, scale: f
         assert worst(CHECKS, call, CpuBench(seed)) <= 1.0
 
 
+@settings(deadline=None, max_examples=40)
+@given(SHAPES, st.sampled_from(DTYPES), st.integers(2_000_000, 3_000_000), st.integers(1, 4000))
+def test_readings_do_not_depend_on_how_a_call_is_cut(shape: Shape, dtype: torch.dtype, seed: int, most: int) -> None:
+    """Head by head, some heads or entries of the batch at a time, or all at once: in the same order."""
+    for call in calls(shape, seed, dtype):
+        with patch.object(attention, "BLOCK_ELEMENTS", 1 << 40):
+            whole = checked(CHECKS, call, CpuBench(seed))
+        with patch.object(attention, "BLOCK_ELEMENTS", most):
+            cut = checked(CHECKS, call, CpuBench(seed))
+        for one, other in zip(whole, cut, strict=True):
+            assert (one.result, one.shape) == (other.result, other.shape)
+            assert torch.allclose(one.readings, other.readings, rtol=0.1, atol=0.4)  # roundings differ
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_each_wrong_head_is_named_where_it_lies_however_the_call_is_cut(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", 1)
+    there, back = calls(Shape(groups=groups), 2_000_003)
+    for head in range(2 * groups):
+        out, dq = there.out[0].clone(), back.out[DQ].clone()
+        out[1, head, :, 3] += 1e3
+        dq[1, head] *= 1.5
+        hull = checked(CHECKS, with_result(there, out, 0))[0].readings.view(2, 2 * groups, 40)
+        assert (hull > 1).any(-1).nonzero().tolist() == [[1, head]]
+        found = checked(CHECKS, with_result(back, dq, DQ))
+        keys, rows = found[2].readings.view(2, 2), found[3].readings.view(2, 2 * groups, ROWS)
+        assert (keys > 1).nonzero().tolist() == [[1, head // groups]]
+        assert (rows > 1).any(-1).nonzero().tolist() == [[1, head]]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.001, -3.0, torch.inf, torch.nan])
+def test_what_lies_inside_altogether_reads_as_it_does_row_by_row(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _, _, _ = operands(SQUARE, 2_000_002, torch.float32)
+    there = run(FORWARD, q, k, torch.rand(2, 2, 40, 16))
+    out = there.out[0].clone()
+    out[1, 1, 7, 5] = value
+    looked = [checked(CHECKS, with_result(there, out, 0))[0].readings]
+    monkeypatch.setattr(attention, "_inside", lambda *_: False)
+    looked.append(checked(CHECKS, with_result(there, out, 0))[0].readings)
+    assert torch.equal(*looked) or value != value
+    assert bool((looked[0] <= 1.0).all()) == (0 <= value <= 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0.0, 1e-4, 30.0, 1e4])
 def test_uniform_and_one_hot_attention_are_quiet(dtype: torch.dtype, size: float) -> None:
@@ -130,7 +176,7 @@ def test_a_large_bias_has_its_own_rounding(monkeypatch: pytest.MonkeyPatch) -> N
     there, _ = calls(Shape(45, 37, 8, 1, masked="bias"), 2_059_433)
     assert worst(CHECKS, there, CpuBench(2_059_433)) <= 1.0
     noise = attention.Attention.score_noise
-    unbiased = lambda self, kappa: noise(replace(self, mask=None), kappa)  # noqa: E731
+    unbiased = lambda self, *given: noise(replace(self, mask=None), *given)  # noqa: E731
     monkeypatch.setattr(attention.Attention, "score_noise", unbiased)
     assert alarms(CHECKS, there, CpuBench(2_059_433))  # the negative control
 
