@@ -58,15 +58,6 @@ def by_blocks(readings: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(readings) if readings else torch.zeros(0, device=like.device)
 
 
-def both_sums(t: Tensor, r: Tensor) -> Tensor:
-    """fp32 [rows, 2]: the plain sum and the r-weighted sum of each row of fp32 [rows, n].
-
-    Two passes on purpose. One product with [1, r] sums 6,497 equal terms to 2e-5 relative (MKL, one thread), a plain
-    sum to 1e-7 and in less time.
-    """
-    return torch.stack((t.sum(-1), torch.mv(t, r)), dim=1)
-
-
 def ratio(residual: Tensor, limit: Tensor) -> Tensor:
     """|residual| / limit, fp32; the limit is never below NORM_FLOOR. NaN in either stays NaN."""
     return (residual.abs() / limit.clamp(min=NORM_FLOOR)).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import SCALES, CpuBench, alarms, aten, checked, flipped, gross_faults, outliers, run, with_result, worst
 
+from diagnostics.sensors import softmax
 from diagnostics.sensors.operation import Call
 from diagnostics.sensors.softmax import CHECKS
 from diagnostics.sensors.tolerance import UnknownTolerance, Z, shipped_table
@@ -163,3 +165,37 @@ def test_rows_are_cut_into_blocks_that_leave_no_reading_out(monkeypatch: pytest.
     (cut,) = checked(CHECKS, call)
     assert cut.readings.shape == (7,)
     assert torch.allclose(cut.readings, whole.readings, atol=0.5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 700)),
+    st.sampled_from((*SCALES, 10.0)),
+    st.sampled_from(("clean", "flip", "shift", "row")),
+    st.integers(0, 30),
+    st.integers(2_000_000, 3_000_000),
+)
+def test_where_the_bound_of_log_probabilities_suffices_their_readings_are_below_it(
+    shape: tuple[int, int], scale: float, fault: str, bit: int, seed: int
+) -> None:
+    call = call_of("_log_softmax", *shape, seed, scale, torch.float32)
+    out = call.out.clone()
+    if fault == "flip":
+        out = flipped(out, seed % out.numel(), bit)
+    elif fault != "clean":  # all of one row alike, which its spread does not show; or more and more of it
+        out[seed % shape[0]] += 2.0 ** (bit - 25) * (1 if fault == "shift" else torch.linspace(0, 1, shape[1]))
+    bound = softmax._log_bound(out, call.args[0], CpuBench().kappa("log_softmax", out))
+    with patch.object(softmax, "_SURE", -1.0):
+        (exact,) = checked(CHECKS, with_result(call, out))
+    (found,) = checked(CHECKS, with_result(call, out))
+    assert bool((exact.readings <= bound + 0.25)[bound <= 0.5].all())  # roundings of the bound itself
+    assert bool(((found.readings <= 1) == (exact.readings <= 1)).all())
+    assert fault != "clean" or bool((found.readings <= 1).all())
+
+
+def test_the_bound_spares_clean_rows_the_rest() -> None:
+    call = call_of("_log_softmax", 20, 700, 2_000_004, 1.0, torch.float32)
+    with patch.object(softmax, "worst_element", side_effect=AssertionError("computed again")):
+        assert worst(CHECKS, call) <= 0.5
+        with pytest.raises(AssertionError, match="again"):
+            worst(CHECKS, with_result(call, flipped(call.out, 77, 23)))
