@@ -12,6 +12,8 @@ from torch import Tensor
 _KEPT = 3
 # Elements of a part: 1 MiB in fp32, which an L2 cache holds.
 _PART = 1 << 18
+# Of a matrix of more than a part, what `least` norms are made of: one row in so many, or the first columns of as many.
+_SHARE = 8
 
 
 class _Measured:
@@ -56,6 +58,22 @@ class _Measured:
             return _norms(self.column_norms, -1)
         return _norms(self.base, (-2, -1))
 
+    @cached_property
+    def least_row_norms(self) -> Tensor:
+        return _norms(self.base[..., : -(-self.base.shape[-1] // _SHARE)], -1)
+
+    @cached_property
+    def least_column_norms(self) -> Tensor:
+        return _column_squares(self.base[..., ::_SHARE, :].float()).sqrt_()
+
+    @cached_property
+    def least_norm(self) -> Tensor:
+        return _norms(self.base[..., ::_SHARE, :], (-2, -1))
+
+    def knows(self, *names: str) -> bool:
+        """Whether any of these measures has been taken."""
+        return any(name in self.__dict__ for name in names)
+
 
 class Operand:
     """A matrix [..., m, n], or a batch of them, with its fp32 form [..., m, n] and its norms (fp32, on the device)."""
@@ -79,6 +97,31 @@ class Operand:
     def norm(self) -> Tensor:
         """Of each matrix, Frobenius: [...]."""
         return self._measured.norm
+
+    @property
+    def is_dear(self) -> bool:
+        """Whether its rows' norms would take another pass over memory, on a CPU."""
+        known = self._measured.knows("column_norms" if self._turned else "row_norms")
+        return not known and self.value.numel() > _PART and self.value.device.type == "cpu"
+
+    @property
+    def least_row_norms(self) -> Tensor:
+        """[..., m]: at most the rows' norms; of a part of each row where they are not known."""
+        if not self.is_dear:
+            return self.row_norms
+        return self._measured.least_column_norms if self._turned else self._measured.least_row_norms
+
+    @property
+    def least_norm(self) -> Tensor:
+        """[...]: at most the norm of each matrix; that of some rows where it is not known."""
+        known = self._measured.knows("norm", "row_norms", "column_norms")
+        return self.norm if known or self.value.numel() <= _PART else self._measured.least_norm
+
+    def along(self, signs: Tensor) -> Tensor:
+        """[..., m, probes]: the value times signs [..., n, probes], in its own type."""
+        if self._turned and self.value.device.type == "cpu":  # quicker there than a matrix that lies across
+            return (signs.transpose(-1, -2) @ self._measured.base).transpose(-1, -2)
+        return self.value @ signs
 
 
 class Operands:

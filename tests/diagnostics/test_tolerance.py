@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import suppress
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diagnostics.sensors import operand
 from diagnostics.sensors.gemm import Addend, output_norms, row_readings
 from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.signs import Signs
@@ -86,6 +88,80 @@ def test_every_high_flip_of_a_sizeable_fp32_element_alarms(seed: int, bit: int, 
     assert not (reading(c, a, w, seed, factor=WIDEST) <= 1.0)
     # the negative control: a sensor whose tolerance is without bound sees no finite fault
     assert not math.isfinite(float(c.abs().sum())) or reading(c, a, w, seed, factor=1e30) <= 1.0 or bit == 30
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from(FLAVOURS),
+    st.sampled_from(FLAVOURS),
+    st.tuples(st.integers(2, 40), st.integers(2, 150), st.integers(2, 150)),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(17, 30)),
+    st.integers(0, 2**32),
+)
+def test_a_bound_stands_for_readings_that_are_no_larger_and_hides_no_alarm(
+    left: str,
+    right: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    across: bool,
+    bit: int | None,
+    seed: int,
+) -> None:
+    m, k, n = shape
+    a, w = matrix(left, m, k, 1.0, seed % 1000).to(dtype), matrix(right, n, k, 1.0, seed % 997).to(dtype)
+    if across:  # as wgrad's operands lie
+        a = a.t().contiguous().t()
+    c = F.linear(a, w)
+    if bit is not None:
+        c.view(torch.int32 if dtype == torch.float32 else torch.int16)[seed % m, seed % n] ^= 1 << (
+            bit if dtype == torch.float32 else bit - 16
+        )
+    signs, kappa = Signs(seed, CPU), shipped_table().kappa("cpu", str(dtype).removeprefix("torch."))
+    known, weight = Operand(a), Operand(w.t())
+    assert known.row_norms.shape == (m,)
+    assert weight.norm >= 0
+    exact = row_readings(c, known, weight, signs, kappa)
+    with patch.object(operand, "_PART", 1):  # all matrices are large
+        fresh = Operand(a)
+        assert fresh.is_dear
+        assert not known.is_dear
+        assert bool((fresh.least_row_norms <= known.row_norms * 1.001).all())
+        assert float(Operand(w.t()).least_norm) <= float(weight.norm) * 1.001
+        found = row_readings(c, fresh, Operand(w.t()), signs, kappa)
+    assert torch.equal(found <= 1, exact <= 1)
+    assert bool((found >= exact * 0.999 - 0.01)[found <= 0.5].all())
+
+
+@pytest.mark.parametrize("across", [(), (0,), (1,), (0, 1)])
+def test_batches_that_lie_across_read_as_those_that_do_not(across: tuple[int, ...]) -> None:
+    operands = [torch.randn(3, 40, 50).bfloat16(), torch.randn(3, 50, 30).bfloat16()]
+    c, signs, kappa = operands[0] @ operands[1], Signs(1, CPU), shipped_table().kappa("cpu", "bfloat16")
+    straight = row_readings(c, Operand(operands[0]), Operand(operands[1]), signs, kappa)
+    turned = [Operand(t.mT.contiguous().mT if n in across else t) for n, t in enumerate(operands)]
+    readings = row_readings(c, *turned, signs, kappa)
+    assert bool((readings <= 1).all())
+    assert torch.allclose(readings, straight, atol=0.1)  # sums of another order, rounded to 16 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_clean_products_need_no_norms_and_wrong_ones_do(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, w = matrix("normal", 700, 600, 1.0, 1).to(dtype), matrix("normal", 650, 600, 1.0, 2).to(dtype)
+    c = F.linear(a, w)
+    wrong = c.clone()
+    wrong[5, 7] += 9 * c.abs().amax()
+    assert not reading(wrong, a, w, 1) <= 1.0
+
+    def measured(*_: object) -> torch.Tensor:
+        raise AssertionError("norms were measured")
+
+    monkeypatch.setattr(operand._Measured, "row_norms", property(measured))
+    assert reading(c, a, w, 1) <= 0.75
+    with pytest.raises(AssertionError, match="measured"):
+        reading(wrong, a, w, 1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
