@@ -2,9 +2,19 @@
 
 A layer as Llama has it (RMSNorm, attention, SwiGLU) and a head, forward and backward, at hidden sizes 256 and 2048 and
 8,192 tokens, fp32 and bf16, 2 threads. Guarded and unguarded steps of one process are taken in turn; a cost is the
-median of the rounds' ratios. Beside each cost stand the coverage and the recall of the very same setting: faults by bit
-flips in the upper half of the number, its sign apart, in any element of any product of the step. Memory that is
-freed is kept for the next step, on both sides.
+median of the rounds' ratios to the unguarded steps around them. Memory that is freed is kept for the next step, on both
+sides. Beside each cost stand
+
+- the coverage of the same setting;
+- the recall of the same setting, on 1,024 tokens, by flips of a bit in the upper half of the number, its sign apart, in
+  any element of any product of the step. Without a budget all products are checked, and by the same check whatever else
+  is: faults are dealt to those settings in turn, and counted together;
+- the checks' own clock, a share of the step's other time: it meets less of the machine's noise than a ratio of steps;
+- what the cost cannot go below, unless the caches hold it: each operand and result of what is checked read once, and
+  what autograd keeps twice, as fast as the same threads read memory. In 16 bits a product takes a third or less of
+  fp32's time, but its operands half of fp32's bytes.
+
+Meant for a machine that does nothing else: two threads wait for each other at every operator.
 
 `--device cuda` takes hidden 2048 and 4096 on a GPU instead, and a stack of layers: each step is timed until the device
 is through with it, so that launches cost what they cost a user. fp32 is IEEE there, without TF32.
@@ -17,32 +27,31 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
 
 from agent.training.allocator import keep_memory
 from agent.training.spec import AGAIN
+from benchmarks._decoder import VOCABULARY, WINDOW, Decoder
 from benchmarks._figures import Figure, document
+from benchmarks._touched import Touched, bytes_a_second
 from benchmarks.campaign.intervals import wilson
 from diagnostics.faults.models import Fault
 from diagnostics.faults.sites import Census
 from diagnostics.faults.strike import Blow, Strike
 from diagnostics.sensors.coverage import Coverage
 from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.outlay import seconds_an_operator
 
 THREADS = 2
 TOKENS = 8192
-WINDOW = 1024
-VOCABULARY = 4096
-HEAD = 64
-WARM = 3
+# Steps before the first round: the first plain one asks for memory, and a budget learns its share in two of its own.
+WARM = 2
 #: Marks: of everything checked, and of a sample, at hidden 2048.
 FULL, SAMPLED = 0.02, 0.008
 CPU = torch.device("cpu")
@@ -60,7 +69,11 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cpu": (Size(256, TOKENS, 9, 60), Size(2048, TOKENS, 5, 12)),
+    "cpu": (  # hidden 2048 takes 28 s of one Zen 5 core a step in fp32, 8 s in bf16: of few rounds, all takes minutes
+        Size(256, TOKENS, 5, 40),
+        Size(2048, TOKENS, 3, 24, dtypes=(torch.bfloat16,)),
+        Size(2048, TOKENS, 2, 12, dtypes=(torch.float32,)),
+    ),
     "cuda": (  # fp32 steps, without tensor cores, take ten times as long: of fewer rounds and faults
         Size(2048, TOKENS, 9, 60, dtypes=(torch.bfloat16,)),
         Size(4096, TOKENS, 9, 60, dtypes=(torch.bfloat16,)),
@@ -71,39 +84,6 @@ SIZES = {
 }
 QUICK = (Size(128, 512, 1, 4),)
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
-
-
-class Layer(nn.Module):
-    """[windows, WINDOW, hidden] -> the same."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        wide = 11 * hidden // 4
-        self.before, self.between = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
-        self.qkv, self.out = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
-        self.gate, self.up = nn.Linear(hidden, wide, bias=False), nn.Linear(hidden, wide, bias=False)
-        self.down = nn.Linear(wide, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        y = self.between(x)
-        return x + cast(Tensor, self.down(F.silu(self.gate(y)) * self.up(y)))
-
-
-class Decoder(nn.Module):
-    """int64 [windows, WINDOW] -> the loss of the next token."""
-
-    def __init__(self, hidden: int, layers: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, hidden)
-        self.layers = nn.Sequential(*(Layer(hidden) for _ in range(layers)))
-        self.last = nn.RMSNorm(hidden)
-        self.head = nn.Linear(hidden, VOCABULARY, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.head(self.last(self.layers(self.embedding(tokens))))
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 @dataclass(frozen=True)
@@ -123,6 +103,13 @@ SETTINGS = (
 )
 
 
+class Cost(NamedTuple):
+    """Of one way, by round."""
+
+    ratios: list[float]  # to the plain steps before and after
+    own: list[float]  # by the checks' own clock, a share of the step's other time
+
+
 class Bench:
     """Layers in one precision, guarded in each way."""
 
@@ -133,6 +120,7 @@ class Bench:
         self.model = Decoder(hidden, layers).to(device, dtype)
         self.tokens = torch.randint(0, VOCABULARY, (max(1, tokens // WINDOW), min(tokens, WINDOW))).to(device)
         self.guards = {setting.name: Guard(self.model, **setting.options) for setting in SETTINGS}
+        self.plain: list[float] = []  # seconds of the rounds' unguarded steps
 
     def step(self) -> None:
         """Forward and backward, with gradients made anew."""
@@ -153,23 +141,43 @@ class Bench:
         finally:
             torch.use_deterministic_algorithms(False)
 
-    def costs(self, rounds: int) -> dict[str, list[float]]:
-        """Ratios to the unguarded step of the same round, by setting; "deterministic" among them."""
+    def costs(self, rounds: int) -> dict[str, Cost]:
+        """By setting, from rounds of one step each between plain ones; "deterministic" among them."""
         ways: dict[str, Callable[[], Any]] = {"deterministic": self.deterministic}
         for setting in SETTINGS:
             ways[setting.name] = lambda setting=setting: self.guarded(setting)  # type: ignore[misc]
-        ratios: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(WARM + rounds):
-            if turn == WARM:  # a budget has been learned by now: coverage is that of the steps that are timed
-                for guard in self.guards.values():
-                    guard.account = Coverage()
-            for name, way in ways.items():
-                plain, other = (_seconds(work, self.tokens.device) for work in (self.step, way))
-                if turn >= WARM:
-                    ratios[name].append(other / plain)
-        return ratios
+        device = self.tokens.device
+        self._warm()
+        costs = {name: Cost([], []) for name in ways}
+        before = _seconds(self.step, device)
+        for _ in range(rounds):
+            took = {name: _seconds(way, device) for name, way in ways.items()}
+            after = _seconds(self.step, device)
+            for name, seconds in took.items():
+                costs[name].ratios.append(2 * seconds / (before + after))
+                if name in self.guards:
+                    costs[name].own.append(self._own(name, seconds))
+            self.plain.append(after)
+            before = after
+        return costs
 
-    def recall(self, setting: Setting, faults: int) -> int:
+    def _warm(self) -> None:
+        """What is timed afterwards has its memory, and a budget its share: coverage is that of the timed steps."""
+        self.step()
+        for setting in SETTINGS:
+            for _ in range(WARM if "budget" in setting.options else 0):
+                self.guarded(setting)
+        for guard in self.guards.values():
+            guard.account = Coverage()
+
+    def _own(self, name: str, seconds: float) -> float:
+        """The share of the last guarded step's other time that its checks took, and watching its operators."""
+        step = self.guards[name].current
+        assert step is not None
+        checks = step.seconds + step.operators * seconds_an_operator(False)
+        return checks / (seconds - checks)
+
+    def recall(self, settings: Sequence[Setting], faults: int) -> int:
         """How many of so many faults alarm; each in a step of its own, at products spread over the step."""
         with Census(self.model) as census:
             self.step()
@@ -181,8 +189,14 @@ class Bench:
             bit = random.Random(number).randrange(width // 2, width - 1)
             blow = Blow(site.operator, Fault("bitflip", number, bit=bit))
             with Strike({site.number: blow}, lambda *_: None):
-                seen += not self.guarded(setting)
+                seen += not self.guarded(settings[number % len(settings)])
         return seen
+
+    def touched(self) -> Touched:
+        """What the checks of a step read at least."""
+        with Touched() as touched:
+            self.step()
+        return touched
 
     def covered(self, setting: Setting) -> str:
         """Share of calls that were checked, of products and of all operators."""
@@ -204,36 +218,50 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def figures(size: Size, dtype: torch.dtype, device: torch.device) -> Iterable[Figure]:
-    """Costs with their coverage, and recall with its interval, of every setting."""
-    bench, rounds, faults = Bench(size.hidden, dtype, size.tokens, size.layers, device), size.rounds, size.faults
+def figures(bench: Bench, name: str, large: bool, rounds: int, speed: float) -> Iterable[Figure]:
+    """Every setting's cost with its coverage, and the limit of each; speed: bytes a second."""
+    costs, touched = bench.costs(rounds), bench.touched()
+    cost = statistics.median(costs.pop("deterministic").ratios) - 1
+    unit = "share of a step"
+    yield Figure(f"{name}: a plain step", statistics.median(bench.plain), "s", "lower", samples=rounds)
+    yield Figure(f"{name}: deterministic kernels alone", cost, unit, "lower", samples=rounds)
+    for setting in SETTINGS:
+        seen, target = costs[setting.name], setting.target if large else None
+        own, coverage = statistics.median(seen.own), bench.covered(setting)
+        cost = statistics.median(seen.ratios) - 1
+        clock = "the checks' own clock" if bench.tokens.device.type == "cpu" else None  # a GPU's is not the host's
+        told = (f"{name}: {setting.name}", cost, unit, "lower", target, None, clock, own if clock else None)
+        yield Figure(*told, coverage, rounds)
+        share = setting.options.get("again")
+        if share is not None:
+            least = touched.identities + share * (touched.again + touched.saved)
+            limit = least / speed / statistics.median(bench.plain)
+            told = (f"{name}: limit, {setting.name}", limit, unit, "lower", None, None, "bytes read", least)
+            yield Figure(*told, None, 1)
+
+
+def recalls(bench: Bench, name: str, faults: int) -> Iterable[Figure]:
+    """Recall with its interval: of the settings that check all products, and of each that draws them."""
+    drawn = [[setting] for setting in SETTINGS if "budget" in setting.options]
+    for settings in ([setting for setting in SETTINGS if "again" in setting.options], *drawn):
+        seen = bench.recall(settings, faults)
+        low, high = wilson(seen, faults)
+        called = "without a budget" if len(settings) > 1 else settings[0].name
+        said = f"95 % interval {low:.3f}..{high:.3f}; products, upper half of the bits"
+        told = (f"{name}: recall, {called}", seen / faults, "share of faults", "higher")
+        yield Figure(*told, coverage=said, samples=faults)
+
+
+def of_size(size: Size, dtype: torch.dtype, device: torch.device, speed: float) -> Iterable[Figure]:
+    """All figures of one size in one precision. Recall's steps are smaller, and drawn with the share of the others."""
     name = f"hidden {size.hidden}, " + (f"{size.layers} layers, " if size.layers > 1 else "")
     name += "fp32" if dtype == torch.float32 else "bf16"
-    ratios = bench.costs(rounds)
-    cost = statistics.median(ratios.pop("deterministic")) - 1
-    yield Figure(f"{name}: deterministic kernels alone", cost, "share of a step", "lower", samples=rounds)
-    for setting in SETTINGS:
-        cost = statistics.median(ratios[setting.name]) - 1
-        target = setting.target if size.hidden >= 2048 else None
-        yield Figure(
-            f"{name}: {setting.name}",
-            cost,
-            "share of a step",
-            "lower",
-            target,
-            coverage=bench.covered(setting),
-            samples=rounds,
-        )
-        seen = bench.recall(setting, faults)
-        low, high = wilson(seen, faults)
-        yield Figure(
-            f"{name}: recall, {setting.name}",
-            seen / faults,
-            "share of faults",
-            "higher",
-            coverage=f"95 % interval {low:.3f}..{high:.3f}; products, upper half of the bits",
-            samples=faults,
-        )
+    bench = Bench(size.hidden, dtype, size.tokens, size.layers, device)
+    yield from figures(bench, name, size.hidden >= 2048, size.rounds, speed)
+    small = Bench(size.hidden, dtype, min(size.tokens, WINDOW), size.layers, device)
+    for called, guard in small.guards.items():
+        guard.sampler.budget, guard.sampler.share = None, bench.guards[called].sampler.share
+    yield from recalls(small, name, size.faults)
 
 
 def main() -> None:
@@ -246,13 +274,14 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     keep_memory()
     device = torch.device(asked.device)
-    found: list[Figure] = []
-    sizes = QUICK if asked.quick else SIZES[asked.device]
+    sizes, speed = QUICK if asked.quick else SIZES[asked.device], bytes_a_second(device)
+    where = f"{THREADS} threads" if device.type == "cpu" else device.type
+    found = [Figure("reading memory", speed / 1e9, "GB/s", "higher", coverage=where, samples=1)]
     with Progress(console=Console(file=sys.stderr)) as progress:
         bar = progress.add_task("settings", total=sum(len(size.dtypes) for size in sizes))
         for size in sizes:
             for dtype in size.dtypes:
-                found += figures(size, dtype, device)
+                found += of_size(size, dtype, device, speed)
                 progress.advance(bar)
     accelerator = torch.cuda.get_device_name() if device.type == "cuda" else None
     print(document("guard_overhead", found, threads=THREADS, accelerator=accelerator))

@@ -213,6 +213,16 @@ class GuardedStep:
         self._inspection.end()
 
     @property
+    def seconds(self) -> float:
+        """What the step's checks took, the host's time."""
+        return self._inspection.seconds
+
+    @property
+    def operators(self) -> int:
+        """How many operators were looked at, drawn or not."""
+        return self._inspection.operators
+
+    @property
     def skipped(self) -> dict[str, int]:
         """Calls that their check could not judge, by reason."""
         return self._inspection.skipped
