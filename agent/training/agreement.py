@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from agent.training.collective import Group
 from agent.training.handed import Finding, Unlike
 from diagnostics.health import Alarm
+from diagnostics.sensors.multilinear import MASK, signed
 from diagnostics.verify.between import Changed, Repeat
 
 AT_REST = "at rest"
-_SIGN = 1 << 63
-_WORD = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ def agree(group: Group, made: int, known: Hashes, look: Callable[[], Again]) -> 
     and PeerLost.
     """
     with group.waiting():
-        first = [row[0] % _WORD for row in group.gather([made - _WORD if made >= _SIGN else made])]
+        first = [row[0] & MASK for row in group.gather([signed(made)])]
     if len(set(first)) > 1:
         raise Unlike(findings(first, known, group.gather_objects(look())))
 

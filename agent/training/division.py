@@ -53,7 +53,7 @@ class Division(Protocol):
 
 
 class Replicated:
-    """Every rank sums all gradients and updates a whole state of its own, which the next gate compares with theirs."""
+    """Every rank updates a whole state of its own, which all compare before any of them commits it."""
 
     compared = 0
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from diagnostics.sensors.multilinear import MASK, signed
+
 #: int64 fields of a row before its expert counts.
 FIELDS = 14
 
@@ -62,13 +64,13 @@ class Row:
             _bits(self.reading),
             _bits(self.squared_norm),
             self.previous,
-            _signed(self.digest),
+            signed(self.digest),
             _bits(self.loss),
             self.clock,
             self.written,
             int(self.intact),
-            _signed(self.copy),
-            _signed(self.astray),
+            signed(self.copy),
+            signed(self.astray),
             *self.counts,
         ]
 
@@ -83,13 +85,13 @@ class Row:
             reading=_float(values[4]),
             squared_norm=_float(values[5]),
             previous=values[6],
-            digest=values[7] & 0xFFFFFFFFFFFFFFFF,
+            digest=values[7] & MASK,
             loss=_float(values[8]),
             clock=values[9],
             written=values[10],
             intact=bool(values[11]),
-            copy=values[12] & 0xFFFFFFFFFFFFFFFF,
-            astray=values[13] & 0xFFFFFFFFFFFFFFFF,
+            copy=values[12] & MASK,
+            astray=values[13] & MASK,
             counts=tuple(values[FIELDS:]),
         )
 
@@ -151,7 +153,7 @@ def _astray(rows: Sequence[Row], ep: int) -> tuple[int, ...]:
     """The first group whose experts did not get the tokens that its routers sent them."""
     for start in range(0, len(rows), ep):
         group = range(start, min(start + ep, len(rows)))
-        if sum(rows[rank].astray for rank in group) & 0xFFFFFFFFFFFFFFFF:
+        if sum(rows[rank].astray for rank in group) & MASK:
             return tuple(group)
     return ()
 
@@ -173,7 +175,3 @@ def _bits(value: float) -> int:
 
 def _float(bits: int) -> float:
     return float(struct.unpack("<d", struct.pack("<q", bits))[0])
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value

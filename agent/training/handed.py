@@ -11,11 +11,8 @@ from agent.training.optimizer import Pass
 from agent.training.shards import ShardLayout
 from agent.training.spec import Mesh
 from diagnostics.health import Alarm
+from diagnostics.sensors.multilinear import MASK, signed
 from diagnostics.verify.between import Changed, Handed, Repeat
-
-_SIGN = 1 << 63
-_WORD = 1 << 64
-_MASK = _WORD - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +34,12 @@ class Told:
 
     def pack(self) -> list[int]:
         """As signed 64-bit integers."""
-        return [value - _WORD if value >= _SIGN else value for value in map(int, astuple(self))]
+        return [signed(int(value)) for value in astuple(self)]
 
     @classmethod
     def unpack(cls, values: Sequence[int]) -> "Told":
         """The inverse of `pack`."""
-        dense_written, experts_written, moments, *held, repeats, added, used = (v & _MASK for v in values)
+        dense_written, experts_written, moments, *held, repeats, added, used = (v & MASK for v in values)
         dense, experts, tail, replica = held
         return cls(dense_written, experts_written, moments, dense, experts, tail, replica, bool(repeats), added, used)
 
@@ -81,14 +78,14 @@ def wrong_in(rows: Sequence[Told], mesh: Mesh) -> list[Wrong]:
 
     A sum comes first, since the update of another one is another.
     """
-    dense = sum(row.dense_written for row in rows) & _MASK
+    dense = sum(row.dense_written for row in rows) & MASK
     found = [Wrong("sum", rank) for rank, row in enumerate(rows) if row.used != row.added]
     found += [Wrong("dense", rank) for rank, row in enumerate(rows) if row.dense != dense]
     for rank, row in enumerate(rows):
-        if row.experts != sum(other.experts_written for other in rows[rank % mesh.ep :: mesh.ep]) & _MASK:
+        if row.experts != sum(other.experts_written for other in rows[rank % mesh.ep :: mesh.ep]) & MASK:
             found.append(Wrong("experts", rank))
         before = rows[rank - 1]
-        if row.replica != (before.experts + before.moments) & _MASK:
+        if row.replica != (before.experts + before.moments) & MASK:
             found.append(Wrong("replica", rank))
     return found + [Wrong("update", rank) for rank, row in enumerate(rows) if not row.repeats]
 
@@ -104,7 +101,7 @@ class _Again:
 
     @classmethod
     def of(cls, layout: ShardLayout, state: State) -> "_Again":
-        unique = (layout.own_experts(state) + layout.own_moments(state)) & _MASK
+        unique = (layout.own_experts(state) + layout.own_moments(state)) & MASK
         return cls(layout.dense_slices(state), layout.expert_slices(state), unique, layout.digest_replica(state))
 
 
@@ -137,7 +134,7 @@ def _handed(one: Wrong, rows: Sequence[Told], again: Sequence[_Again], mesh: Mes
     row, now = rows[one.holder], again[one.holder]
     if one.what == "replica":
         source = (one.holder - 1) % mesh.dp
-        written = (rows[source].experts + rows[source].moments) & _MASK
+        written = (rows[source].experts + rows[source].moments) & MASK
         return Handed(source, one.holder, written, again[source].unique, row.replica, now.replica, alone=False)
     dense = one.what == "dense"
     sources = range(mesh.dp) if dense else range(one.holder % mesh.ep, mesh.dp, mesh.ep)
@@ -147,7 +144,7 @@ def _handed(one: Wrong, rows: Sequence[Told], again: Sequence[_Again], mesh: Mes
     at = next((i for i, (wrote, holds) in enumerate(zip(said, slices, strict=True)) if wrote != holds), 0)
     kept = again[sources[at]].dense if dense else again[sources[at]].experts
     held = row.dense if dense else row.experts
-    return Handed(sources[at], one.holder, said[at], kept[at], held, sum(slices) & _MASK, dense and alone)
+    return Handed(sources[at], one.holder, said[at], kept[at], held, sum(slices) & MASK, dense and alone)
 
 
 def _arrived(one: Wrong, handed: Handed) -> Alarm:
