@@ -10,7 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diagnostics.sensors.operation import Call
 from diagnostics.sensors.registry import plan_of
+from diagnostics.sensors.thin import is_thin
 
 # Eight times the L3 of the machines measured so far (32 MiB).
 _BYTES = 1 << 28
@@ -20,7 +22,8 @@ _ROUNDS = 5
 class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, in a step without a guard, every operand and result once for each operator that has a check.
 
-    identities: bytes of operators that an identity covers. again: of those that are run once more. saved: of what
+    identities: bytes of operators that an identity covers. again: of those that are run once more, thin ones of the
+    former too. saved: of what
     autograd keeps, when it is kept, once however many operators keep it, and whenever it is used.
     """
 
@@ -46,10 +49,10 @@ class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plan = plan_of(func)
         if plan is not None and plan.check is not None:
             size = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
-            if plan.again:
-                self.again += size
-            else:
+            if not plan.again:
                 self.identities += size
+            if plan.again or is_thin(Call(func, args, kwargs or {}, out)):
+                self.again += size
         return out
 
     def _keep(self, tensor: Tensor) -> Tensor:

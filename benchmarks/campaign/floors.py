@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diagnostics.faults.bits import integers
 from diagnostics.faults.models import Damage
+from diagnostics.sensors.gemm import ALIKE
 from diagnostics.sensors.registry import plan_of
 from diagnostics.sensors.rows import rounding
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Z
@@ -110,7 +111,8 @@ def delta_of(harm: Damage) -> Tensor:
 def _product(struck: Struck) -> Tensor | None:
     """`sensors.gemm`: z (kappa_output norm_i + kappa_accumulate (|alpha| ||A_i|| ||W||_F + |beta| ||D_i||)).
 
-    norm_i^2 is ||C_i||^2 and ||A_i||^2 times the mean gain, as the check estimates it.
+    norm_i^2 is ||C_i||^2 and ||A_i||^2 times the mean gain, as the check estimates it; in fp32 ALIKE ||C_i|| is added
+    to the norms that kappa_accumulate is relative to.
     """
     kappa = struck.kappa(*struck.kernels)
     if kappa is None:
@@ -126,6 +128,8 @@ def _product(struck: Struck) -> Tensor | None:
         noise = noise + beta * torch.linalg.vector_norm(added.double(), dim=-1)
     squares = before.square().sum(1)
     norms = (squares + rows.square() * squares.sum() / rows.square().sum().clamp(min=_TINY)).sqrt()
+    if not kappa.output:
+        noise = noise + ALIKE * squares.sqrt()
     return _over(struck.delta, kappa.accumulate_at(max(right.shape[1], left.shape[1])) * noise + kappa.output * norms)
 
 

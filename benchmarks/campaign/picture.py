@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from benchmarks.campaign.draw import OPERATIONS, PRECISIONS
 from benchmarks.campaign.intervals import wilson
-from benchmarks.campaign.report import caught, harmful, unmasked
+from benchmarks.campaign.report import by_identity, caught, harmful, unmasked
 
 #: Decades of the deviation that the curve shows; what is beyond is counted at the ends.
 DECADES = range(-8, 5)
@@ -42,18 +42,27 @@ def _text(x: float, y: float, text: str, anchor: str = "start", more: str = "") 
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(text)}</text>'
 
 
-def _curves(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Recall of unmasked faults by decade of deviation, one line a precision, its interval as a band."""
+def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Recall of unmasked faults by decade of deviation, one line a precision, its interval as a band.
+
+    Dashed: what is caught where nothing is run again.
+    """
     width, bottom = WIDTH - LEFT - 40, TOP + CURVE
     step = width / (len(DECADES) - 1)
-    parts = [_text(LEFT, 24, "Unmasked faults caught, by how wrong the result was (L2 of a row / its rms element)")]
+    parts = [
+        _text(
+            LEFT,
+            24,
+            "Unmasked faults caught, by L2 of a row's difference / its rms element (dashed: nothing run again)",
+        )
+    ]
     for tenth in range(0, 11, 2):
         y = bottom - CURVE * tenth / 10
         parts.append(f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{y}" y2="{y}" stroke="#ddd"/>')
         parts.append(_text(LEFT - 8, y + 4, f"{10 * tenth} %", "end"))
     for index, decade in enumerate(DECADES):
         parts.append(_text(LEFT + index * step, bottom + 18, f"1e{decade}", "middle"))
-    counts = _by_decade(lines)
+    counts, of_identities = _by_decade(lines, caught), _by_decade(lines, by_identity)
     for number, precision in enumerate(PRECISIONS):
         points = []
         for index, decade in enumerate(DECADES):
@@ -67,14 +76,26 @@ def _curves(lines: Iterable[Mapping[str, Any]]) -> list[str]:
             parts.append(f'<polygon points="{_path(band)}" fill="{colour}" opacity="0.15"/>')
             line = _path([(x, y) for x, y, _, _ in points])
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        alone = []
+        for index, decade in enumerate(DECADES):
+            hits, tries = of_identities[precision, decade]
+            if tries:
+                alone.append((LEFT + index * step, bottom - CURVE * hits / tries))
+        if alone:
+            parts.append(
+                f'<polyline points="{_path(alone)}" fill="none" stroke="{colour}" stroke-width="1.5" '
+                'stroke-dasharray="5 4"/>'
+            )
         x = LEFT + 20 + 80 * number
         parts.append(f'<rect x="{x}" y="{bottom + 32}" width="12" height="12" fill="{colour}"/>')
         parts.append(_text(x + 18, bottom + 42, precision))
     return parts
 
 
-def _by_decade(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], tuple[int, int]]:
-    """(caught, tried) by precision and decade of deviation."""
+def _by_decade(
+    lines: Iterable[Mapping[str, Any]], hit: Callable[[Mapping[str, Any]], bool]
+) -> dict[tuple[str, int], tuple[int, int]]:
+    """(hits, tries) by precision and decade of deviation."""
     found: dict[tuple[str, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
     for line in filter(unmasked, lines):
         size = line.get("deviation")
@@ -82,7 +103,7 @@ def _by_decade(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], tupl
             exponent = DECADES[-1] if math.isinf(size) else math.floor(math.log10(size))
             key = line["precision"], min(max(exponent, DECADES[0]), DECADES[-1])
             hits, tries = found[key]
-            found[key] = hits + caught(line), tries + 1
+            found[key] = hits + hit(line), tries + 1
     return found
 
 

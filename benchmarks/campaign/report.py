@@ -39,6 +39,11 @@ def caught(line: Line) -> bool:
     return bool(line["caught"])
 
 
+def by_identity(line: Line) -> bool:
+    """Caught, and not by running the operator again alone."""
+    return caught(line) and line["sensors"] != ["recompute"]
+
+
 def share(
     name: str, lines: Iterable[Line], hit: Callable[[Line], bool], target: float | None = None, unit: str = "share"
 ) -> Figure:
@@ -89,13 +94,15 @@ def _overall(lines: Sequence[Line]) -> Iterator[Figure]:
     yield share("harmful", lines, harmful)
     yield share("recall, harmful", bad, caught, TARGETS["harmful"])
     yield proven("recall, harmful, 95 % lower bound", bad, caught, TARGETS["harmful"])
-    yield share("recall, harmful, nothing run again", bad, _by_identity)
+    yield share("recall, harmful, nothing run again", bad, by_identity)
     yield _drawn(bad)
     yield share("recall, harmful to any tensor of the state", filter(_harms_state, lines), caught)
     yield share("recall, harmful, recurrent faults not by recomputation alone", bad, _independently)
     yield share("recall, unmasked", filter(unmasked, lines), caught)
     yield share("recall, unmasked and above the floor", visible, caught, TARGETS["above the floor"])
     yield proven("recall, unmasked and above the floor, 95 % lower bound", visible, caught, TARGETS["above the floor"])
+    promised = [line for line in visible if line["floor"]]
+    yield share("recall, unmasked and above an identity's floor, nothing run again", promised, by_identity)
     early = [line for line in seen if harmful(line)]
     yield share("caught before the commit, of harmful that were caught", early, _before, TARGETS["before commit"])
     yield share("device found, of unmasked with a verdict", judged, _right, TARGETS["attribution"])
@@ -118,14 +125,9 @@ def _by_class(name: str, lines: Sequence[Line], audit: float) -> Iterator[Figure
 
 def _drawn(bad: Sequence[Line]) -> Figure:
     """What a job would see of these faults, which runs only some operators again."""
-    expected = sum(1.0 if _by_identity(line) else AGAIN * caught(line) for line in bad) / len(bad) if bad else None
+    expected = sum(1.0 if by_identity(line) else AGAIN * caught(line) for line in bad) / len(bad) if bad else None
     name = f"recall, harmful, {AGAIN:g} of operators run again, expected"
     return Figure(name, expected, "share", "higher", samples=len(bad))
-
-
-def _by_identity(line: Line) -> bool:
-    """Caught, and not by running the operator again alone."""
-    return caught(line) and line["sensors"] != ["recompute"]
 
 
 def _independently(line: Line) -> bool:

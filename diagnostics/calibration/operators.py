@@ -64,8 +64,10 @@ def products(draw: Draw, dtype: torch.dtype) -> Tensor:
     m, k, n, scale = draw.size(96), draw.pick(_INNER), draw.size(700), draw.pick(SCALES)
     form = draw.pick(("mm", "mm", "left turned", "right turned", "addmm", "bmm", "baddbmm"))
     batch = (draw.size(4),) if form in ("bmm", "baddbmm") else ()
-    left = draw.values(*batch, m, k, dtype=dtype, scale=scale)
-    right = draw.values(*batch, k, n, dtype=dtype)
+    # All terms of a sum are alike where a batch is one token repeated: their roundings are, too, and add up.
+    kinds = ("equal channels", "equal rows") if draw.below(5) == 0 else (None, None)
+    left = draw.values(*batch, m, k, dtype=dtype, scale=scale, kind=kinds[0])
+    right = draw.values(*batch, k, n, dtype=dtype, kind=kinds[1])
     if form == "left turned":
         left = left.mT.contiguous().mT
     elif form == "right turned":
@@ -104,7 +106,8 @@ def losses(draw: Draw, dtype: torch.dtype) -> None:
     """The negative log-likelihood, some of whose targets are ignored, forward and backward."""
     rows, classes = draw.size(4096), 1 + draw.size(1024)
     scale = draw.pick(SCALES)
-    y = F.log_softmax(draw.values(rows, classes, dtype=dtype, scale=scale), dim=-1).requires_grad_()
+    kind = "equal rows" if draw.below(5) == 0 else None
+    y = F.log_softmax(draw.values(rows, classes, dtype=dtype, scale=scale, kind=kind), dim=-1).requires_grad_()
     target = draw.index(classes, rows)
     target[1::5] = -100
     weight = draw.values(1, classes, dtype=dtype, kind="positive")[0] + 0.1 if draw.below(2) else None
@@ -188,7 +191,8 @@ def placed_sums(draw: Draw, dtype: torch.dtype) -> None:
     """Rows that are added at places which repeat, and the gradient of an embedding."""
     places, sent, width, scale = draw.size(256), draw.size(1024), draw.size(1024), draw.pick(SCALES)
     there = draw.values(places, width, dtype=dtype, scale=scale)
-    rows, index = draw.values(sent, width, dtype=dtype, scale=scale), draw.index(draw.size(places), sent)
+    rows = draw.values(sent, width, dtype=dtype, scale=scale, kind="equal rows" if draw.below(5) == 0 else None)
+    index = draw.index(draw.size(places), sent)
     there.index_add(0, index, rows, alpha=draw.pick((1.0, -2.0)))
     there.index_put((index,), rows, accumulate=True)
     there.scatter_add(0, index[:, None].expand(-1, width), rows)
@@ -200,7 +204,7 @@ def gates(draw: Draw, dtype: torch.dtype) -> Tensor:
     """fp32 [tokens, copies] of a router, as V3's makes them: the best scores over their sum, times 2.5."""
     experts = draw.size(256)
     logits = draw.values(draw.size(512), experts, dtype=dtype, scale=draw.pick((1.0, 10.0, 1e-4)), kind="normal")
-    scores = torch.sigmoid(logits)
+    scores = torch.sigmoid(logits.clamp(min=-20))  # scores near 1e-20 do not sum to 2.5: that is added to their sum
     best = scores.topk(min(experts, draw.size(64)), dim=-1).values
     return best / (best.sum(-1, keepdim=True) + 1e-20) * _GATES
 

@@ -96,6 +96,8 @@ class Rule:
 _AMX = "what operators read on a CPU with AMX"
 _GPT2 = "what training GPT-2's layers read on a CPU with AMX"
 _OTHER = "what other data read"
+# Sums of equal terms, whose roundings are alike: a few draws in a thousand, of which a seed may have none.
+_ALIKE = "what equal rows of other seeds read"
 # Two roundings of bf16 in root mean square, where training `tiny` read 1.0005 of one's (an H200, one row of 1e7).
 _TWICE = Least("torch's kernel rounds p g before it sums it", output=0.00231)
 
@@ -115,7 +117,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             subnormals=False,
             on_gpu=_TWICE,  # 0.32 of 2e-7
         ),
-        "nll_loss": Rule(Rounding.OFTEN, subnormals=False),
+        "nll_loss": Rule(Rounding.OFTEN, Least(_ALIKE, output=0.00718), subnormals=False),
         "sdpa": Rule(Rounding.OFTEN, Least(_GPT2, 0.00276, 1.29e-7)),  # 0.46 of 0.003, 0.43 of 1.5e-7
         "sdpa_exp": Rule(Rounding.ITSELF),
         # 0.48 of 0.005, 0.39 of 4e-7
@@ -126,7 +128,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "norm_weight": Rule(Rounding.NEVER, Least(_GPT2, accumulate=2.72e-7)),  # 0.34 of 4e-7
         "cumsum": Rule(Rounding.EXACT, subnormals=False),
         "gates": Rule(Rounding.NEVER),
-        "sums": Rule(Rounding.OFTEN, Least(_OTHER, accumulate=1.17e-7), subnormals=False),  # 0.39 of 1.5e-7
+        "sums": Rule(Rounding.OFTEN, Least(_ALIKE, 0.00912, 4.03e-7), subnormals=False),
     }
 )
 

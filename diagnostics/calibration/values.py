@@ -9,7 +9,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-KINDS = ("normal", "ones", "positive", "biased", "outlier channels", "outlier rows", "lognormal", "sparse", "zero rows")
+KINDS = (
+    "normal",
+    "ones",
+    "positive",
+    "biased",
+    "outlier channels",
+    "outlier rows",
+    "lognormal",
+    "sparse",
+    "zero rows",
+    "equal rows",
+    "equal channels",
+)
 SCALES = (1.0, 1e4, 1e-4)
 
 _T = TypeVar("_T")
@@ -43,7 +55,11 @@ class Draw:
         """Values of a kind in KINDS (None: a random one), [..., rows, channels], times `scale`."""
         kind = kind or self.pick(KINDS)
         x = torch.ones(shape) if kind == "ones" else torch.randn(shape, generator=self._generator)
-        if kind == "positive":
+        if kind == "equal rows":
+            x = x[..., :1, :].expand(shape)
+        elif kind == "equal channels":
+            x = x[..., :1].expand(shape)
+        elif kind == "positive":
             x = x.abs()
         elif kind == "biased":
             x = x + 2.0

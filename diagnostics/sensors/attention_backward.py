@@ -17,7 +17,8 @@ Tolerances, per column j, with n the longer of the lengths T and S, u the unit r
    z output (||dV_j|| + ||dO_j||);
 2. scale ||z eta Q_j|| + z accumulate(n) ||dK_j||; bf16: z output (||dK_j|| + scale || ||dO_t O_t|| Q_tj ||), the
    latter because D is made from an O that was rounded;
-3. z (accumulate(n) + output) (|| ||dQ_t|| Q_tj || + || ||K_s|| dK_sj ||).
+3. z (accumulate(n) + output) (|| ||dQ_t|| Q_tj || + || ||K_s|| dK_sj ||); bf16: z output scale ||z eta Q_j|| max
+   ||K_s|| more, for sums of blocks that cancel where all values of a head are equal and dS is nothing but its noise.
 torch's CPU kernel adds blocks of dK and dV in bf16: output is 6.3e-3 there, not the 1.6e-3 of one rounding.
 Here norms of results enter, against the rule of the other sensors: nothing made of q, k, v, dO alone is near enough to
 ||dK_j|| without the products themselves. They cannot hide a fault: with theta = z kappa and N the norm without it, a
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from diagnostics.sensors.attention import SENSOR, Attention, Part, amplified, lse_of, packed, sampled_rows
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked
-from diagnostics.sensors.rows import argument, ratio, rounding, unit_roundoff, worst_element
+from diagnostics.sensors.rows import argument, combined, ratio, rounding, unit_roundoff, worst_element
 from diagnostics.sensors.tolerance import LANE_TERMS, Kappa, Z
 
 # Where attention is uniform, as at the start of training, the weights of a row are equal and round the same way, and so
@@ -118,11 +119,14 @@ def dk_readings(given: Backward, dk: Tensor) -> Tensor:
 def dq_readings(given: Backward, dq: Tensor, dk: Tensor, r: Tensor) -> Tensor:
     """Readings fp32 [B H/G] of dq [B, H, T, D] and dk [B, H/G, S, D]: Q^T (dQ r) = dK^T (K r), signs r fp32 [D]."""
     dq, dk, kappa = given.attention.grouped(dq), dk.float(), given.kappa
-    there = torch.matmul(torch.matmul(dq, r)[:, :, None], given.query)  # row vectors: BLAS reads the matrix in order
-    back = torch.matmul(torch.matmul(given.key, r)[:, :, None], dk)
+    there = combined(torch.matmul(dq, r), given.query)
+    back = combined(torch.matmul(given.key, r), dk)
     sizes = _column_norms(_lengths(dq) * given.query) + _column_norms(_lengths(given.key) * dk)
     limit = sizes * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
-    return ratio((there - back)[:, :, 0], limit).amax(-1).flatten()
+    if kappa.output:
+        longest = _lengths(given.key).amax(2) * abs(given.attention.scale)
+        limit += _column_norms(given.dot_noise * given.query) * longest * (Z * kappa.output)
+    return ratio(there - back, limit).amax(-1).flatten()
 
 
 def dq_row_readings(given: Backward, dq: Tensor, index: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 Identity. C = alpha A W + beta D, so C r - alpha A (W r) - beta D r is rounding noise, row by row; thin products check a
 whole GEMM. Forward, dgrad (G W^T) and wgrad (G^T A) are the same identity, and so are batched products, batch by batch.
 
-Tolerance of row i, z = 7: z (kappa_output * norm_i + kappa_accumulate * (|alpha| ||A_i|| ||W||_F + |beta| ||D_i||)).
+Tolerance of row i, z = 7: z (kappa_output * norm_i + kappa_accumulate * (|alpha| ||A_i|| ||W||_F + |beta| ||D_i||)),
+and for fp32 results z kappa_accumulate * 10 ||C_i|| more.
 The first term is the rounding of each element of C to its type and exists for 16-bit outputs only; norm_i stands for
 ||C_i|| but is never computed from C, since a corrupted C would raise its own threshold. It comes from probes:
 E[(C s)_i^2] = ||C_i||^2 for random signs s, with C s made from A, W and D. The estimate has m = 32 degrees of freedom;
 to it is added ||A_i||^2 times the batch's mean gain (sum of estimates / sum of ||A_i||^2), so that one row's unlucky
 draw cannot make its tolerance vanish. The second term is Cauchy-Schwarz on the fp32 sums, sqrt(K) looser than typical
-noise, and still 1e-3 of an element or less.
+noise, and still 1e-3 of an element or less. Roundings of K equal terms (one token repeated) are alike, and add up
+instead of averaging out: the third term, which is as large as the second where all are equal, and 10 / sqrt(K) of it
+where none are. On a CPU it is made only where a reading without it exceeds a half.
 
 On a CPU, in fp32, a bound of the readings comes first where A's norms are not known: an eighth of A's and W's elements
 gives norms that are at most theirs. Readings that are below a half of that tolerance need no other.
@@ -32,14 +35,21 @@ from torch._ops import OpOverloadPacket
 from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.rounded import energy_readings
+from diagnostics.sensors.rows import combined
 from diagnostics.sensors.signs import PROBES, Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
 SENSOR = "gemm"
 KERNEL = "mm"
 
+#: How much larger the roundings of equal terms are than those of others, relative to the sum.
+ALIKE = 10.0
+
 # A bound of a reading stands for it below this. Calibration leaves readings of fp32 sums there, and so sees the same.
 _SURE = 0.5
+
+# Terms of a sum that one product of a matrix's rows with a vector may add, and one of a batch.
+_PART, _PART_OF_BATCHES = 4096, 512
 
 aten = torch.ops.aten
 
@@ -93,19 +103,32 @@ def row_readings(
     noise = Z * kappa.accumulate_at(max(n, left.value.shape[-1]))
 
     def of_sums(rows: Tensor, norm: Tensor) -> Tensor:
-        """The tolerance of the fp32 sums for these norms of A's rows and of W."""
-        limit = rows.clamp(min=NORM_FLOOR).mul_(norm.clamp(min=NORM_FLOOR).unsqueeze(-1).mul(abs(alpha)))
-        return (limit if plus is None else limit.add_(plus.norms)).mul_(noise)
+        """What the fp32 sums are relative to, for these norms of A's rows and of W."""
+        size = rows.clamp(min=NORM_FLOOR).mul_(norm.clamp(min=NORM_FLOOR).unsqueeze(-1).mul(abs(alpha)))
+        return size if plus is None else size.add_(plus.norms)
 
     if left.is_dear and not kappa.output:
-        bound = residual / of_sums(left.least_row_norms, right.least_norm)
+        bound = residual / of_sums(left.least_row_norms, right.least_norm).mul_(noise)
         if bool((bound <= _SURE).all()):
             return bound
-    limit = of_sums(left.row_norms, right.norm)
+    size = of_sums(left.row_norms, right.norm)
     if kappa.output:
         norms = output_norms(left, right, signs, alpha, plus)
-        limit.add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
-    return residual.div_(limit)
+        limit = size.mul_(noise).add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
+        return residual.div_(limit)
+    readings = residual / (size * noise)
+    if not c.is_cuda and bool((readings <= _SURE).all()):
+        return readings
+    return residual.div_(size.add_(alike(c, size), alpha=ALIKE).mul_(noise))
+
+
+def alike(c: Tensor, size: Tensor) -> Tensor:
+    """fp32 [...]: ||C_i||, which equal terms add up to, and never more than what it can be, `size`.
+
+    c [..., N]; size [...]. The one norm that is taken of C: a fault would have to be 1e4 times what it adds to its
+    tolerance, and beyond that `size` bounds it. NaN where C has one.
+    """
+    return torch.minimum(torch.linalg.vector_norm(c, dim=-1, dtype=torch.float32), size)
 
 
 def output_norms(left: Operand, right: Operand, signs: Signs, alpha: float = 1.0, plus: Addend | None = None) -> Tensor:
@@ -136,7 +159,19 @@ def subnormal_norm(c: Tensor) -> float:
 
 
 def _along(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """[..., m, n] times [..., n]: [..., m]."""
+    """[..., m, n] times [..., n]: [..., m], long sums in parts for what `combined` says, on a CPU."""
+    inner = matrices.shape[-1]
+    if matrices.dim() == 2 and matrices.stride(0) == 1 and matrices.stride(1) != 1 and not matrices.is_cuda:
+        return combined(vectors, matrices.t())
+    part = _PART if matrices.dim() == 2 else _PART_OF_BATCHES
+    if inner <= part or matrices.is_cuda:
+        return _once_along(matrices, vectors)
+    starts = range(0, inner, part)
+    found = [_once_along(matrices[..., at : at + part], vectors[..., at : at + part]) for at in starts]
+    return torch.stack(found).sum(0)
+
+
+def _once_along(matrices: Tensor, vectors: Tensor) -> Tensor:
     if matrices.dim() == 2:
         return torch.mv(matrices, vectors)
     return torch.bmm(matrices, vectors.unsqueeze(-1)).squeeze(-1)

@@ -6,7 +6,8 @@ inner positions are divided (wgrad), C_e r = A_e (B_e r), a sum over the positio
 Tolerance, blindness: those of `gemm`. The norms of 16-bit results come from probes as there, without the mean gain of
 the batch: instead ||A_i|| ||W_e|| / sqrt(K), the norm of a row that meets W_e at random, is added. The probes go
 through the grouped kernel itself.
-Cost: one elementwise product as large as A beside the passes of `gemm`; no host sync, since `offs` stays on the device.
+Cost: one elementwise product as large as A beside the passes of `gemm`, one more over C in fp32; no host
+sync, since `offs` stays on the device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 
-from diagnostics.sensors.gemm import KERNEL, SENSOR, subnormal_norm
+from diagnostics.sensors.gemm import ALIKE, KERNEL, SENSOR, alike, subnormal_norm
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.tolerance import NORM_FLOOR, Z
 
@@ -43,7 +44,7 @@ def _by_rows(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench)
     residual = predicted.sub_(torch.mv(c.float(), r)).abs_()
     rows = torch.linalg.vector_norm(a, dim=1).clamp(min=NORM_FLOOR)
     weights = torch.linalg.vector_norm(right, dim=(1, 2), dtype=torch.float32).clamp(min=NORM_FLOOR)[group]
-    limit = rows * weights * (Z * kappa.accumulate_at(max(columns, inner)))
+    limit = _of_sums(c, rows * weights, kappa.output == 0).mul_(Z * kappa.accumulate_at(max(columns, inner)))
     if kappa.output:
         norms = _estimate(left, right, offs, bench).add_(rows * weights / max(inner, 1) ** 0.5)
         limit.add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
@@ -60,13 +61,18 @@ def _by_inner(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench
     residual = predicted.sub_(torch.matmul(c.float(), r)).abs_()
     rows = _sums(a.square(), group, groups).sqrt_().clamp_(min=NORM_FLOOR)
     weights = _sums(b.square().sum(1, keepdim=True), group, groups).sqrt_().clamp_(min=NORM_FLOOR)
-    limit = rows * weights * (Z * kappa.accumulate_at(max(columns, left.shape[1])))
+    limit = _of_sums(c, rows * weights, kappa.output == 0).mul_(Z * kappa.accumulate_at(max(columns, left.shape[1])))
     if kappa.output:
         norms = _estimate(left, right, offs, bench)
         count = _sums(a.new_ones(a.shape[0], 1), group, groups).clamp_(min=1).sqrt_()
         norms = norms.add_(rows * weights / count)
         limit.add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
     return residual.div_(limit)
+
+
+def _of_sums(c: Tensor, size: Tensor, fp32: bool) -> Tensor:
+    """What the fp32 sums are relative to, with the term for equal ones in fp32 results."""
+    return size.add(alike(c, size), alpha=ALIKE) if fp32 else size.clone()
 
 
 def _groups(positions: int, offs: Tensor) -> Tensor:

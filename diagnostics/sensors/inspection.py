@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from diagnostics.sensors.registry import Plan, plan_of
 from diagnostics.sensors.rows import PER_DIFFERENCE
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.thin import is_thin
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
 
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
@@ -165,12 +167,24 @@ class Inspection:
         check = plan.check
         assert check is not None
         with quiet():
-            self._judge(place, plan.name, lambda: check(call, self), call)
+            if self._judge(place, plan.name, lambda: check(call, self), call):
+                self._look_twice(place, plan, call)
+
+    def _look_twice(self, place: Place, plan: Plan, call: Call) -> None:
+        """Where it costs little, what an identity has judged is run again as well: that has no tolerance."""
+        if plan.again or not is_thin(call) or not self._sampler.draws(self._key, self._calls, self._again):
+            return
+        with suppress(Unsupported):  # sums in no fixed order: the identity has to do
+            for one in recompute.check(replace(call, before=(call.args, call.kwargs)), self):
+                self._keep(place, plan.name, one)
 
     def _judge(
         self, place: Place, operation: str, check: Callable[[], Iterable[Checked]], instead: Call | None = None
-    ) -> None:
-        """Keep a check's readings. Where an identity cannot judge its call, the operator is run again instead."""
+    ) -> bool:
+        """Keep a check's readings. Where an identity cannot judge its call, the operator is run again instead.
+
+        True if the check itself could.
+        """
         try:
             for one in check():
                 self._keep(place, operation, one)
@@ -180,8 +194,9 @@ class Inspection:
                 self._judge(place, operation, lambda: recompute.check(plain, self))
             else:
                 self._skip(place, operation, str(reason))
-            return
+            return False
         self._coverage.count(place.module, operation, place.pass_, True)
+        return True
 
     def _keep(self, place: Place, operation: str, one: Checked) -> None:
         what = operation if one.result == "out" else f"{operation}.{one.result}"

@@ -19,6 +19,9 @@ BLOCK_ELEMENTS = 1 << 18
 # of 128 MiB in fp32 allow.
 BLOCK_ELEMENTS_ON_GPU = 1 << 25
 
+# Terms that a sum over rows adds one by one.
+_PART = 128
+
 # A residual that is a count of differences: the tolerance of none is half a difference.
 PER_DIFFERENCE = 2.0
 
@@ -61,6 +64,22 @@ def by_blocks(readings: list[Tensor], like: Tensor) -> Tensor:
 def ratio(residual: Tensor, limit: Tensor) -> Tensor:
     """|residual| / limit, fp32; the limit is never below NORM_FLOOR. NaN in either stays NaN."""
     return (residual.abs() / limit.clamp(min=NORM_FLOOR)).float()
+
+
+def combined(weights: Tensor, rows: Tensor) -> Tensor:
+    """The sum [..., d] of rows [..., n, d] times weights [..., n], all fp32, n at least 1, as a sum of shorter ones.
+
+    On a CPU BLAS adds row by row: 2,048 equal terms, which a batch of one token repeated gives, to 3e-5 relative. In
+    parts of _PART they are good to 1e-6, which a product is, and take no longer.
+    """
+    n = rows.shape[-2]
+    whole = 0 if rows.is_cuda or n <= _PART else n - n % _PART
+    if not whole:
+        return torch.matmul(weights.unsqueeze(-2), rows).squeeze(-2)
+    lead = rows.shape[:-2]
+    first = weights[..., :whole].reshape(*lead, -1, 1, _PART)
+    summed = torch.matmul(first, rows[..., :whole, :].reshape(*lead, -1, _PART, rows.shape[-1])).sum((-3, -2))
+    return summed if whole == n else summed.add_(combined(weights[..., whole:], rows[..., whole:, :]))
 
 
 def worst_element(out: Tensor, expected: Tensor, limit: Tensor) -> Tensor:

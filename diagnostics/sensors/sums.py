@@ -7,8 +7,9 @@ signs go by place, out r = before r + sum over k of source_k r[index_k], one rea
 signs are hashes mod 2^64 and the check is exact.
 
 Tolerance of a row, for c rows that were sent to it: z (accumulate(max(n, sent)) + output sqrt(1 + c)) times the sum of
-their norms and its own before: each addition in bf16 rounds a partial sum, which is at most that sum. scatter_add: the
-same with sizes of elements.
+their norms and its own before: each addition in bf16 rounds a partial sum, which is at most that sum. In fp32 equal
+rows (one token repeated) are added one by one, and their roundings are alike: (1 + c) 2^-24 ||out|| more, a bound of
+those of the result and of the check. scatter_add: the same with sizes of elements.
 
 Sees: a row that was lost, sent to another place, added twice or altered, above 2e-6 of what its row received in fp32.
 Does not see: wrong indices or sources; below that floor in bf16 (0.025 of what a row received, and more for rows that
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.sensors import recompute
+from diagnostics.sensors.gemm import alike
 from diagnostics.sensors.moves import keep_target, single_index, slabs, target_before
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.router import hashed
@@ -33,6 +35,9 @@ from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, Z
 
 SENSOR = "sums"
+
+# The most that one addition and the one of the check stray by, relative to the sum, when all of a row stray alike.
+_EACH = 2.0**-24
 
 aten = torch.ops.aten
 
@@ -51,7 +56,10 @@ def added_readings(
         expected = expected + torch.mv(before.float(), r)
         sizes = sizes + torch.linalg.vector_norm(before, dim=1, dtype=torch.float32)
     noise = kappa.accumulate_at(max(width, len(index))) + kappa.output * (1 + counts).sqrt()
-    return ratio(torch.mv(out.float(), r) - expected, sizes * noise * Z)
+    limit = sizes * noise * Z
+    if not kappa.output:
+        limit += (1 + counts) * _EACH * alike(out, sizes)
+    return ratio(torch.mv(out.float(), r) - expected, limit)
 
 
 def scattered_sum_readings(
@@ -63,7 +71,10 @@ def scattered_sum_readings(
     expected = torch.mv(there, r) + (sent * r[index]).sum(1)
     sizes = torch.linalg.vector_norm(there, dim=1) + sent.abs().sum(1)
     noise = kappa.accumulate_at(max(n, index.shape[1])) + kappa.output * (1 + index.shape[1]) ** 0.5
-    return ratio(torch.mv(out.float(), r) - expected, sizes * (noise * Z))
+    limit = sizes * (noise * Z)
+    if not kappa.output:
+        limit += alike(out, sizes) * ((1 + index.shape[1]) * _EACH)
+    return ratio(torch.mv(out.float(), r) - expected, limit)
 
 
 def scattered_count_readings(before: Tensor, index: Tensor, source: Tensor, out: Tensor) -> Tensor:

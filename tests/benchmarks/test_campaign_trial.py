@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.campaign.bench import Bench
 from benchmarks.campaign.draw import AROUND, IN_STEP, Coordinates
+from benchmarks.campaign.report import by_identity
 from benchmarks.campaign.trial import HARMFUL, Trials, _Trial
 from diagnostics.faults.models import Fault
 
@@ -117,7 +118,13 @@ def test_below_the_floor_is_below(trials: Trials) -> None:
     line = of(trials, "fprop", Fault("bitflip", 1, bit=0))
     assert line["above"] is False
     assert line["deviation"] < line["floor"]
-    assert not line["caught"]
+    assert line["sensors"] == ["recompute"]
+    assert not by_identity(line)
+    trials.bench.guard.again = 0.0
+    try:
+        assert not of(trials, "fprop", Fault("bitflip", 1, bit=0))["caught"]
+    finally:
+        trials.bench.guard.again = 1.0
 
 
 @pytest.mark.parametrize("recurrent", [False, True])

@@ -13,7 +13,11 @@ def test_products_element_wise_work_and_what_is_kept_are_counted() -> None:
     with Touched() as forward:
         y = (x @ w) * 2.0
     product, doubled = (32 + 128 + 64) * 4, 2 * 64 * 4
-    assert (forward.identities, forward.again, forward.saved) == (product, doubled, 32 * 4)
+    assert (forward.identities, forward.again, forward.saved) == (product, product + doubled, 32 * 4)
+    square = torch.ones(1024, 1024)
+    with Touched() as wide:
+        square @ square
+    assert (wide.identities, wide.again) == (3 << 22, 0)
     with Touched() as view:
         y.t().view(16, 4)
     assert (view.identities, view.again, view.saved) == (0, 0, 0)

@@ -34,7 +34,7 @@ def readings(c: Tensor, left: Tensor, right: Tensor, probes: Tensor, kappa: Kapp
     probes: bf16 [N, V] random signs, V a power of two from 16 on. tail: see `rounded.TAIL`. Any strides.
     """
     inner, n = right.shape[-2], right.shape[-1]
-    seen, _, of_weights = _along(right, probes, 1.0, torch.bfloat16)
+    seen, rows_of_weights, of_weights = _along(right, probes, 1.0, torch.bfloat16)
     predicted, squares, parts = _along(left, seen, alpha, torch.float32)
     whole = _batched(c)
     out = torch.empty(whole.shape[:-1], dtype=torch.float32, device=c.device)
@@ -46,13 +46,14 @@ def readings(c: Tensor, left: Tensor, right: Tensor, probes: Tensor, kappa: Kapp
         squares,
         parts,
         of_weights,
+        rows_of_weights.count_nonzero(-1),
         out,
         whole.shape[1],
         n,
         *whole.stride(),
         parts.shape[2],
         of_weights.shape[2],
-        alpha * alpha / inner,
+        alpha * alpha,
         tail * kappa.output * (1 + 4 / n) ** 0.5,
         Z * abs(alpha) * kappa.accumulate_at(max(n, inner)),
         NORM_FLOOR,

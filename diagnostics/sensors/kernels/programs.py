@@ -246,6 +246,7 @@ def energy(
     squares,
     parts,
     parts_of_weights,
+    heavy,
     readings,
     rows,
     n,
@@ -254,7 +255,7 @@ def energy(
     stride_n,
     tiles,
     tiles_of_weights,
-    over_inner,
+    scale,
     rounding,
     sums,
     floor,
@@ -268,8 +269,9 @@ def energy(
     """readings fp32 [batch, rows] of c [batch, rows, n] (any strides): the formula of `sensors.rounded`.
 
     predicted fp32 [batch, rows, V], squares and parts: `along_probes` of the left operand, parts_of_weights [batch, 2,
-    tiles_of_weights] that of the right one. over_inner: alpha^2 / inner dimension; rounding, sums: the constants times
-    what they are multiplied by. TILES, TILES_OF_WEIGHTS: powers of two not below tiles. Grid: as `along_probes`.
+    tiles_of_weights] that of the right one; heavy int64 [batch]: how many rows of that are not zero. scale: alpha^2;
+    rounding, sums: the constants times what they are multiplied by. TILES, TILES_OF_WEIGHTS: powers of two not below
+    tiles. Grid: as `along_probes`.
     """
     i, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, lane = i * ROWS + tl.arange(0, ROWS), tl.arange(0, V)
@@ -288,7 +290,8 @@ def energy(
     weights = tl.sum(tl.load(of_weights + at_weight, mask=at_weight < tiles_of_weights, other=0.0), 0) / V
     gain = tl.minimum(estimates / tl.maximum(all_squares, floor * floor), 1 / floor / floor)
     estimate = tl.sum(expected * expected, 1) / V
-    limit = tl.maximum(tl.sqrt(estimate + square * tl.maximum(gain, weights * over_inner)), floor) * rounding
+    typical = weights * scale / tl.maximum(tl.load(heavy + batch), 1)
+    limit = tl.maximum(tl.sqrt(estimate + square * tl.maximum(gain, typical)), floor) * rounding
     limit += tl.maximum(tl.sqrt(square), floor) * (tl.maximum(tl.sqrt(weights), floor) * sums)
     tl.store(readings + place, residual / limit, mask=there)
 

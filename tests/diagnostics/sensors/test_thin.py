@@ -1,0 +1,119 @@
+"""What an identity covers is run again as well where that costs little, and a fault below its floor is seen so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.operation import Call
+from diagnostics.sensors.thin import is_thin
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def product(m: int, k: int, n: int, func: Any = aten.mm.default, **kwargs: Any) -> Call:
+    args: tuple[Tensor, ...] = torch.empty(m, k), torch.empty(k, n)
+    if "add" in func.overloadpacket.__name__:
+        args = torch.empty(m, n), *args
+    return Call(func, args, kwargs, torch.empty(m, n))
+
+
+@pytest.mark.parametrize(
+    ("call", "thin"),
+    [
+        (product(8192, 128, 128), True),
+        (product(8192, 256, 256), False),
+        (product(8192, 64, 8192), True),
+        (product(16, 2048, 2048), True),
+        (product(0, 2048, 2048), True),
+        (product(8, 8, 8, aten.mm.out, out=torch.empty(8, 8)), True),
+        (product(8, 8, 8, aten.addmm.default), True),
+        (product(8, 8, 8, aten.addmm.out, out=torch.empty(8, 8)), False),
+        (product(8, 8, 8, aten.addmm_.default), False),
+        (Call(aten._softmax.default, (torch.empty(2, 2), -1, False), {}, torch.empty(2, 2)), True),
+        (Call(aten.index_add.default, (torch.empty(2, 2), 0, torch.zeros(2), torch.empty(2, 2)), {}, None), True),
+        (Call(aten.index_add_.default, (torch.empty(2, 2), 0, torch.zeros(2), torch.empty(2, 2)), {}, None), False),
+        (Call(aten.native_layer_norm.default, (torch.empty(2, 2), [2], None, None, 1e-5), {}, None), False),
+    ],
+)
+def test_what_takes_its_time_for_memory_is_thin(call: Call, thin: bool) -> None:
+    assert is_thin(call) is thin
+
+
+class LastBit(TorchDispatchMode):
+    """Flips the lowest bit of one element of the first result of an operator, below the sensors."""
+
+    def __init__(self, struck: Any) -> None:
+        super().__init__()
+        self.struck, self.left = struck, 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is self.struck and self.left:
+            self.left -= 1
+            flat = out.view(-1).view(torch.int32 if out.element_size() == 4 else torch.int16)
+            flat[len(flat) // 2] ^= 1
+        return out
+
+
+def step(model: nn.Module, x: Tensor, again: float, struck: Any) -> tuple[bool, set[str], int]:
+    guard = Guard(model, again=again)
+    with LastBit(struck), guard.step() as seen:
+        torch.softmax(model(x), dim=-1).square().sum().backward()
+    return seen.clean, {alarm.sensor for alarm in seen.alarms}, guard.failures
+
+
+@pytest.mark.parametrize(
+    ("struck", "dtype"),
+    [
+        *((struck, torch.float32) for struck in (aten.addmm, aten.mm, aten._softmax, aten._softmax_backward_data)),
+        *((struck, torch.bfloat16) for struck in (aten.addmm, aten.mm, aten._softmax_backward_data)),
+    ],
+)
+def test_the_last_bit_of_one_element_is_seen(struck: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 16).to(dtype), torch.randn(64, 32, dtype=dtype)
+    assert step(model, x, 1.0, struck) == (False, {"recompute"}, 0)
+    assert step(model, x, 0.0, struck)[0]  # the control: below every floor
+
+
+def test_a_product_that_is_written_to_a_part_of_a_tensor_is_run_again_beside_it() -> None:
+    """With its own `out`: what the model has is read, and nothing is written."""
+    torch.manual_seed(0)
+    whole, guard = torch.zeros(9, 8), Guard(nn.Linear(8, 8))
+    a, b = torch.randn(4, 8), torch.randn(8, 8)
+    with guard.step() as seen:
+        torch.mm(a, b, out=whole[3:7])
+    assert seen.clean
+    assert seen.checks == 2
+    assert torch.equal(whole[3:7], a @ b)
+    assert not whole[:3].any()
+    assert not whole[7:].any()
+    with LastBit(aten.mm), guard.step() as struck:
+        torch.mm(a, b, out=whole[3:7])
+    assert [alarm.sensor for alarm in struck.alarms] == ["recompute"]
+
+
+def test_a_job_runs_a_share_again() -> None:
+    guard, a, b = Guard(nn.Linear(8, 8), again=1 / 16), torch.randn(4, 8), torch.randn(8, 8)
+    checks = 0
+    for _ in range(8):
+        with guard.step() as seen:
+            for _ in range(40):
+                torch.mm(a, b)
+        checks += seen.checks
+    assert 320 + 5 < checks < 320 + 45
