@@ -94,7 +94,7 @@ class Ends(Subgroup):
         self._trades += 1
 
 
-def on_sum(layout: StateLayout, struck: Tensor, peer: Tensor, hit: Hit | None, key: int) -> Ruling | None:
+def on_sum(layout: StateLayout, struck: Tensor, peer: Tensor, hit: Hit, key: int) -> Ruling | None:
     """The ruling on the sum of both gradients, which are left alone; None where everything compares."""
     wire = Wire()
     gradients = (struck.clone(), peer.clone())

@@ -196,11 +196,13 @@ class _Trial:
     def _of_sum(self, gradients: Tensor) -> Ruling | None:
         """What the product says of the sum when the fault strikes in it, at another time, in copies of both gradients.
 
-        What would be committed is made apart, since the product hands out no sum of what it saw to be wrong.
+        What would be committed is made apart, since the product hands out no sum of what it saw to be wrong. Where the
+        fault is elsewhere the sum is right, whatever is added, and is not made.
         """
         operation = self._drawn.operation
-        struck = operation in ("sent gradient", "reduced gradient")
-        hit = Hit(operation == "sent gradient", self._damage) if struck else None
+        if operation not in ("sent gradient", "reduced gradient"):
+            return None
+        hit = Hit(operation == "sent gradient", self._damage)
         return on_sum(self._bench.layout, gradients, self._point.start.peer, hit, self._drawn.index)
 
     def _hit(self, flat: Tensor) -> None:

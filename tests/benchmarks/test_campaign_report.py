@@ -28,6 +28,7 @@ def line(index: int, **changes: Any) -> dict[str, Any]:
         "operation": "fprop",
         "model": "bitflip",
         "deviation": 0.5,
+        "floor": 0.1,
         "above": True,
     }
     made |= {
@@ -80,6 +81,7 @@ def test_a_device_that_repeats_its_fault_is_not_found_by_repeating() -> None:
     assert found["recall, harmful"].value == 1.0
     assert found["recall, harmful, recurrent faults not by recomputation alone"].value == 3 / 4
     assert found["recall, harmful, nothing run again"].value == 2 / 4
+    assert found["recall, unmasked and above an identity's floor, nothing run again"].value == 2 / 4
     assert found["recall, harmful, 0.0625 of operators run again, expected"].value == (2 + 2 / 16) / 4
 
 
@@ -110,7 +112,7 @@ def test_the_picture_is_an_svg_that_shows_all_precisions() -> None:
     lines = [line(i, precision=PRECISIONS[i % 3], deviation=10.0 ** (i % 9 - 6)) for i in range(90)]
     lines += [line(90, deviation=float("inf")), line(91, deviation=None)]
     root = ElementTree.fromstring(picture(lines))
-    assert len(root.findall(".//{*}polyline")) == 3
+    assert len(root.findall(".//{*}polyline")) == 6  # and what identities catch alone, dashed
     assert {"fprop", "bitflip", *PRECISIONS} <= {text.text for text in root.findall(".//{*}text")}
 
 
