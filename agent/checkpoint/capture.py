@@ -14,10 +14,10 @@ from agent.checkpoint.manifest import Manifest, TensorEntry
 from agent.checkpoint.storage import SHARD, Fenced, Storage, tensor_digest
 from agent.slots import SlotRecord
 from agent.training.layout import State, StateLayout
+from diagnostics.sensors.multilinear import MASK
 
 #: (kind of report, body, urgent)
 Report = Callable[[str, dict[str, Any], bool], None]
-_MASK = (1 << 64) - 1
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class Capture:
         entries = self._copy(job)
         stall = time.monotonic() - begun
         job.copied.set()
-        total = sum(int(entry.digest, 16) for entry in entries) & _MASK
+        total = sum(int(entry.digest, 16) for entry in entries) & MASK
         body = {"job": self._describe.job, "generation": job.record.generation, "step": job.record.step}
         if total != job.record.own:
             self._refuse(body, job.record, total)

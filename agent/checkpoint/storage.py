@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from agent.checkpoint.manifest import NAME, Manifest, ManifestError, TensorEntry, entries_from_json, entries_to_json
-from diagnostics.sensors.multilinear import digest_bytes
+from diagnostics.sensors.multilinear import MASK, digest_bytes
 
-_MASK = (1 << 64) - 1
 SHARD = "shard-0.safetensors"
 #: What a rank's shard holds, until the manifest of the whole says it.
 _LISTED = "shard-{}.json"
@@ -99,7 +98,7 @@ class Storage:
             entries = [entry for path in lists for entry in entries_from_json(path.read_text())]
         except (OSError, UnicodeDecodeError, ManifestError) as error:
             raise ShardRefused(aside, manifest.step, "the shards' lists", "what was written", str(error)) from error
-        total = sum(int(entry.digest, 16) for entry in entries) & _MASK
+        total = sum(int(entry.digest, 16) for entry in entries) & MASK
         if f"{total:016x}" != manifest.digest:
             raise ShardRefused(aside, manifest.step, "shards", manifest.digest, f"{total:016x}")
         whole = replace(manifest, tensors=tuple(entries))
@@ -170,7 +169,7 @@ def read(path: Path, names: Collection[str] | None = None) -> tuple[Manifest, di
     Raises ShardRefused; nothing unverified is returned.
     """
     manifest = read_manifest(path)
-    total = sum(int(entry.digest, 16) for entry in manifest.tensors) & _MASK
+    total = sum(int(entry.digest, 16) for entry in manifest.tensors) & MASK
     if f"{total:016x}" != manifest.digest:
         raise ShardRefused(path, manifest.step, "state", manifest.digest, f"{total:016x}")
     wanted = [entry for entry in manifest.tensors if names is None or entry.name in names]

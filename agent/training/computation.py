@@ -12,8 +12,7 @@ from agent.training.reduction import Reduction, worst
 from agent.training.seals import Garbled, alarm_of
 from diagnostics.health import Alarm
 from diagnostics.sensors.digest import digest
-
-_MASK = (1 << 64) - 1
+from diagnostics.sensors.multilinear import MASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +84,4 @@ def astray(counts: Tensor, served: Sequence[Tensor], own: range) -> int:
     got = torch.zeros_like(counts)
     for layer, numbers in zip(got, served, strict=True):
         layer[own.start : own.stop] = numbers[numbers >= 0].bincount(minlength=len(own))
-    return (digest(got) - digest(counts)) & _MASK
+    return (digest(got) - digest(counts)) & MASK

@@ -10,10 +10,9 @@ from agent.training.layout import Piece, State
 from agent.training.optimizer import Pass, Triple, apply
 from agent.training.shards import ShardLayout
 from diagnostics.sensors.digest import digest
+from diagnostics.sensors.multilinear import MASK
 from diagnostics.sensors.optimizer import Block, differing, drawn
 from diagnostics.verify.between import Handed, Repeat
-
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,4 +106,4 @@ def _of(pieces: tuple[Piece, ...], key: int, owner: int) -> tuple[Piece, Block]:
 
 
 def _hashed(block: Triple) -> int:
-    return sum(digest(part, place << 32) for place, part in enumerate(block)) & _MASK
+    return sum(digest(part, place << 32) for place, part in enumerate(block)) & MASK

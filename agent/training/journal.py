@@ -14,10 +14,10 @@ from torch import Tensor
 from agent.model.parallel import Transport
 from agent.training.collective import PeerLost
 from diagnostics.sensors.digest import digest
+from diagnostics.sensors.multilinear import MASK
 
 #: Mixed into the digest of a deviation: two replays that deviate at different exchanges must not look alike.
 _PLACE = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Deviation(Exception):
 
     def __init__(self, exchange: int, sent: int) -> None:
         super().__init__(f"exchange {exchange} sent other rows than recorded")
-        self.digest = f"{(sent + (exchange + 1) * _PLACE) & _MASK:016x}"
+        self.digest = f"{(sent + (exchange + 1) * _PLACE) & MASK:016x}"
 
 
 class Journal:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.sensors.digest import digest
+from diagnostics.sensors.multilinear import MASK
 
 #: Floats in 64 bytes: every parameter starts on a cache line, as torch's own allocations do, so that kernels take
 #: the same (aligned) path in every process.
@@ -16,7 +17,6 @@ ALIGN = 16
 #: Words of the meta region: seed, step, samples consumed, RNG counter, then spare ones that stay zero.
 META = 16
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ def arranged(named: Sequence[tuple[str, nn.Parameter]], start: int = 0) -> tuple
 
 def digest_of(words: Tensor, regions: Iterable[Region]) -> int:
     """64-bit digest of these regions of `words`, each counted by its place in the whole state."""
-    return sum(digest(words[r.start : r.stop], r.place) for r in regions) & _MASK
+    return sum(digest(words[r.start : r.stop], r.place) for r in regions) & MASK
 
 
 def readable(flat: Tensor) -> Tensor:

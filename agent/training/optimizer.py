@@ -7,6 +7,7 @@ from torch import Tensor
 
 from agent.training.layout import Piece, State, StateLayout
 from diagnostics.sensors.digest import digest
+from diagnostics.sensors.multilinear import MASK
 
 #: Elements per chunk: 5 arrays of 128 KiB stay in a 2 MiB L2 while a chunk is copied, updated and hashed.
 CHUNK = 32_768
@@ -14,7 +15,6 @@ CHUNK = 32_768
 HALF = CHUNK // 2
 #: Parameters and both moments.
 Triple = tuple[Tensor, Tensor, Tensor]
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def update(
             starts = (part.start, part.moment, part.moment)
             for region, (target, start) in enumerate(zip(targets, starts, strict=True)):
                 sums[region] += digest(target, layout.place(layout.word(region, start)))
-        totals.append((sums[0] & _MASK, sums[1] & _MASK, sums[2] & _MASK))
+        totals.append((sums[0] & MASK, sums[1] & MASK, sums[2] & MASK))
     return totals[::-1] if again else totals
 
 

@@ -15,8 +15,7 @@ from agent.training.reduction import Reduction, squared_norm
 from agent.training.shards import ShardLayout
 from agent.training.strays import Explained, explained
 from agent.training.summing import Sum
-
-_MASK = (1 << 64) - 1
+from diagnostics.sensors.multilinear import MASK
 
 
 class Zero1:
@@ -80,9 +79,7 @@ class Zero1:
         repeats = cross.repeat(old, new, given, change) if cross is not None and given is not None else True
         told = self._told(new, written, checked, repeats)
         if checked:  # after the update: what it was made of
-            added, used = (
-                sum(hashes) & _MASK for hashes in zip(*((s.said, s.held()) for s in self._sums), strict=True)
-            )
+            added, used = (sum(hashes) & MASK for hashes in zip(*((s.said, s.held()) for s in self._sums), strict=True))
             told = replace(told, added=added, used=used)
         rows = self._exchanged(told)
         if checked and cross is not None and (wrong := wrong_in(rows, self._mesh)):
@@ -130,8 +127,8 @@ class Zero1:
         whole = common + sum(first.values()) + sum(row.moments for row in rows)
         # What the replica must hash to is the owner's word, not what arrived here.
         before = rows[(self._layout.rank - 1) % mesh.dp]
-        replica = (before.experts + before.moments) & _MASK if mesh.dp > 1 else 0
-        return whole & _MASK, ShardDigests((common + mine.experts + mine.moments) & _MASK, replica)
+        replica = (before.experts + before.moments) & MASK if mesh.dp > 1 else 0
+        return whole & MASK, ShardDigests((common + mine.experts + mine.moments) & MASK, replica)
 
 
 def _written(layout: ShardLayout, hashed: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
@@ -140,4 +137,4 @@ def _written(layout: ShardLayout, hashed: Sequence[tuple[int, int, int]]) -> tup
     for piece, (parameters, first, second) in zip(layout.pieces, hashed, strict=True):
         sums[piece.start >= layout.dense] += parameters
         sums[2] += first + second
-    return sums[0] & _MASK, sums[1] & _MASK, sums[2] & _MASK
+    return sums[0] & MASK, sums[1] & MASK, sums[2] & MASK

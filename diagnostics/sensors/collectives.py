@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from diagnostics.sensors.digest import digest
+from diagnostics.sensors.multilinear import MASK
 
 #: What one piece's hash and its number of bytes are mixed by, so that an empty piece is not like a lost one.
 _LENGTH = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 
 
 def piece_hash(piece: Tensor) -> int:
     """64-bit hash of one piece's bytes and of how many they are; any dtype and shape."""
-    return (digest(piece) + piece.numel() * piece.element_size() * _LENGTH) & _MASK
+    return (digest(piece) + piece.numel() * piece.element_size() * _LENGTH) & MASK
 
 
 def add_up(pieces: Sequence[Tensor], total: Tensor) -> None:

@@ -22,13 +22,10 @@ STEPS = 4
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _without_their_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both libraries warn about their own use of torch
         yield
-    torch.set_num_threads(before)
 
 
 class Samples(Dataset[dict[str, Tensor]]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +14,6 @@ from diagnostics.sensors.operation import Call
 from diagnostics.sensors.thin import is_thin
 
 aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def product(m: int, k: int, n: int, func: Any = aten.mm.default, **kwargs: Any) -> Call:
