@@ -66,7 +66,10 @@ def bundle_of(directory: Path, incident: dict[str, Any], attempt: int | None) ->
         names = [name for name in names if name.endswith(f"-attempt-{attempt}")]
     if not names:
         of = "" if attempt is None else f" of attempt {attempt}"
-        raise CommandError(f"incident {incident['id']} has no evidence bundle{of}: only held steps leave one")
+        raise CommandError(
+            f"incident {incident['id']} has no evidence bundle{of}: only steps that are judged by computing them again "
+            "leave one; what ranks hand each other is judged by hashes, which the incident's reason tells"
+        )
     folder = directory / FOLDER / str(incident["job"])
     path = folder / str(names[0])
     if not path.is_dir():

@@ -76,9 +76,9 @@ def test_the_first_attempts_bundle_is_meant_or_the_one_that_is_asked_for(tmp_pat
         (tmp_path / "evidence" / "job-1" / name).mkdir(parents=True)
     assert evidence.bundle_of(tmp_path, INCIDENT, None).name == NAME
     assert evidence.bundle_of(tmp_path, INCIDENT, 2).name.endswith("-2")
-    with pytest.raises(CommandError, match="no evidence bundle of attempt 3: only held steps leave one"):
+    with pytest.raises(CommandError, match="no evidence bundle of attempt 3: only steps that are judged by"):
         evidence.bundle_of(tmp_path, INCIDENT, 3)
-    with pytest.raises(CommandError, match="no evidence bundle: only held steps"):
+    with pytest.raises(CommandError, match="no evidence bundle: only steps that are judged by"):
         evidence.bundle_of(tmp_path, {"id": "inc-0001", "job": "job-1"}, None)
 
 
