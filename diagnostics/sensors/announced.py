@@ -23,13 +23,15 @@ class Announced:
 
     operation: the kind of kernel, by which its tolerance is looked up, with out's type: "fp8" (fp32 out), or "mm".
     pass_: fprop, dgrad or wgrad. weight: the parameter that names the place. operands: gives left and right as the
-    kernel saw them (of "fp8" dequantised, fp32); called only where somebody watches, after the product was made.
+    kernel saw them (of "fp8" dequantised, fp32); called only where somebody watches, after the product was made. again:
+    makes it once more, of the same operands in memory of its own, for whoever compares bits; None: it cannot.
     """
 
     operation: str
     pass_: str
     weight: Tensor
     operands: Callable[[], tuple[Tensor, Tensor]]
+    again: Callable[[], Tensor] | None = None
 
 
 class Watcher(Protocol):

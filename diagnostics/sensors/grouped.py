@@ -71,8 +71,8 @@ def _by_inner(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench
 
 
 def _of_sums(c: Tensor, size: Tensor, fp32: bool) -> Tensor:
-    """What the fp32 sums are relative to, with the term for equal ones in fp32 results."""
-    return size.add(alike(c, size), alpha=ALIKE) if fp32 else size.clone()
+    """`size`, to which fp32 results add the term for equal ones."""
+    return size.add_(alike(c, size), alpha=ALIKE) if fp32 else size
 
 
 def _groups(positions: int, offs: Tensor) -> Tensor:

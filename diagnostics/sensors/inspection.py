@@ -23,10 +23,10 @@ from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
 from diagnostics.sensors.registry import Plan, plan_of
-from diagnostics.sensors.rows import PER_DIFFERENCE
+from diagnostics.sensors.rows import PER_DIFFERENCE, differences, rows_of
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.signs import Signs
-from diagnostics.sensors.thin import is_thin
+from diagnostics.sensors.thin import is_thin, is_thin_product
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
 
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
@@ -100,8 +100,17 @@ class Inspection:
             return
         begin = time.perf_counter()
         with quiet():
-            self._judge(place, product.operation, lambda: self._announced(product, out))
+            if self._judge(place, product.operation, lambda: self._announced(product, out)):
+                self._look_twice_announced(place, product, out)
         self.seconds += time.perf_counter() - begin
+
+    def _look_twice_announced(self, place: Place, product: Announced, out: Tensor) -> None:
+        """See `_look_twice`."""
+        if product.again is None or not self._sampler.draws(self._key, self._calls, self._again):
+            return
+        if is_thin_product(*product.operands()):
+            found = differences(rows_of(out), rows_of(product.again()))
+            self._keep(place, product.operation, Checked(recompute.SENSOR, "out", found, tuple(out.shape)))
 
     def draws_saved(self, tensor: Tensor) -> bool:
         """See `saved.Watcher`."""

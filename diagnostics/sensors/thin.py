@@ -33,5 +33,10 @@ def is_thin(call: Call) -> bool:
     if packet not in gemm.CHECKS or (is_in_place(call.func) and packet.__name__ not in _WRITES_A_RESULT):
         return False
     left, right = (arg for arg in call.args[-2:] if isinstance(arg, Tensor))
+    return is_thin_product(left, right)
+
+
+def is_thin_product(left: Tensor, right: Tensor) -> bool:
+    """Whether left [..., M, K] times right [..., K, N] takes few multiplications for each element."""
     (rows, inner), columns = left.shape[-2:], right.shape[-1]
     return rows * inner * columns <= MOST * (rows * inner + inner * columns + rows * columns)

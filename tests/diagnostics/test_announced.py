@@ -131,3 +131,16 @@ def test_a_kernel_without_a_tolerance_is_skipped_and_said() -> None:
 
 def test_nobody_watches() -> None:
     assert watchers(nn.Parameter(torch.zeros(1))) == ()
+
+
+def test_what_can_be_made_again_is_compared_bit_for_bit() -> None:
+    """The last bit of one element lies far below the identity's floor; without `again`, the control, it is not seen."""
+    weight = nn.Parameter(torch.randn(40, 96))
+    guard = Guard(nn.ParameterList([weight]))
+    left, right = torch.randn(64, 96), weight.detach().t()
+    for again, alarms in ((lambda: left @ right, ["recompute"]), (None, [])):
+        out = left @ right
+        out.view(torch.int32)[3, 5] ^= 1
+        with guard.step(1) as step:
+            announce(Announced("mm", "fprop", weight, lambda: (left, right), again), out, watchers(weight))
+        assert [alarm.sensor for alarm in step.alarms] == alarms

@@ -164,3 +164,20 @@ def test_sizes_that_are_not_those_of_the_rows_are_refused(sizes: list[int]) -> N
     assert routed_experts(torch.zeros(5, 6), [3, 2], [one, one]).shape == (5, 6)
     with pytest.raises(ValueError, match="sizes"):
         routed_experts(torch.zeros(5, 6), sizes, [one, one])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_the_last_bit_of_a_product_is_seen_by_making_it_again(dtype: torch.dtype, op: Op) -> None:
+    model = Layers(dtype)
+    for again, clean in ((1.0, False), (0.0, True)):  # the second is the control: below the identity's floor
+        guard = Guard(model, again=again)
+        with (
+            Injector(model, FaultSpec(0, op, "bitflip", 0 if dtype == torch.float32 else 16, seed=2)) as injector,
+            guard.step(1) as step,
+        ):
+            model(SOME).backward()
+        assert injector.fired is not None
+        assert step.clean is clean
+        assert {alarm.sensor for alarm in step.alarms} == (set() if clean else {"recompute"})
+        assert not guard.failures
