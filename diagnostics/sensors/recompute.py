@@ -129,17 +129,31 @@ def check(call: Call, bench: Bench) -> Iterable[Checked]:
 def _with_copies(
     func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of what `func` writes to, each where it is given: also as an input, as in `maximum(x, y, out=x)`."""
     if not is_in_place(func):
         return args, kwargs
-    saved, named = list(args), dict(kwargs)
-    for place, declared in enumerate(func._schema.arguments):
-        if declared.alias_info is None or not declared.alias_info.is_write:
-            continue
-        if place < len(saved):
-            saved[place] = _copied(saved[place])
-        elif declared.name in named:
-            named[declared.name] = _copied(named[declared.name])
-    return tuple(saved), named
+    written: dict[int, list[tuple[int, int]]] = {}
+    for target in _written(func, args, kwargs):
+        memory, extent = _extent(target)
+        written.setdefault(memory, []).append(extent)
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            memory, (start, end) = _extent(value)
+            meets = any(start < last and first < end for first, last in written.get(memory, ()))
+            return value.clone() if meets else value
+        return [copied(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return tuple(copied(value) for value in args), {name: copied(value) for name, value in kwargs.items()}
+
+
+def _extent(t: Tensor) -> tuple[int, tuple[int, int]]:
+    """A tensor's memory, and from which of its bytes to which; of other layouts than strided the tensor is its own."""
+    if t.layout is not torch.strided:
+        return id(t), (0, 1)
+    span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    start = int(t.storage_offset()) * t.element_size()
+    return t.untyped_storage().data_ptr(), (start, start + span * t.element_size())
 
 
 def _written(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -162,9 +176,3 @@ def _dropout(call: Call) -> float | None:
 @cache
 def _drops(func: torch._ops.OpOverload) -> bool:
     return any(declared.name == "dropout_p" for declared in func._schema.arguments)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return [_copied(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -29,11 +29,14 @@ OPERATORS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.convolution.default, (X.view(1, 5, 12), torch.ones(2, 5, 3), None, [1], [0], [1], False, [0], 1), {}),
     (aten.scalar_tensor.default, (2.0,), {}),
 ]
+_OWN = X.clone()
 IN_PLACE: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.add_.Tensor, (X.clone(), X), {"alpha": 2}),
     (aten.index_copy_.default, (X.clone(), 0, torch.tensor([1, 4]), X[:2]), {}),
     (aten.index_put_.default, (X.clone(), [ROWS], X[:3], True), {}),
     (aten.mul.out, (X, X), {"out": torch.ones(5, 12)}),
+    (aten.add_.Tensor, (_OWN, _OWN), {}),  # what they write to is another argument of theirs as well
+    (aten.maximum.out, (_OWN, X), {"out": _OWN}),
 ]
 
 
@@ -168,3 +171,20 @@ def test_a_number_for_the_host_is_not_read_again() -> None:
 def test_every_operator_has_a_kind(func: Any, kind: str) -> None:
     assert kind_of(func) == kind
     assert is_view(func) == (kind == "view")
+
+
+def test_a_maximum_written_over_its_own_operand_is_made_again_of_what_that_was() -> None:
+    """Made of what was written instead, the wrong value would be its own maximum: the control."""
+    own, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
+    call = run(aten.maximum.out, own, other, out=own)
+    own[1] = 7.0
+    assert reading(call) == 2.0
+    assert reading(Call(call.func, call.args, call.kwargs, call.out, (call.args, call.kwargs))) == 0.0
+
+
+def test_of_one_memory_only_what_is_written_is_copied() -> None:
+    whole = torch.randn(4, 8)
+    left, right = whole[:2], whole[2:]
+    kept, _ = recompute.keeper(aten.add_.Tensor)((left, right), {}, CpuBench())
+    assert kept[0] is not left
+    assert kept[1] is right
