@@ -100,15 +100,16 @@ class Inspection:
             return
         begin = time.perf_counter()
         with quiet():
-            if self._judge(place, product.operation, lambda: self._announced(product, out)):
-                self._look_twice_announced(place, product, out)
+            left, right = product.operands()
+            if self._judge(place, product.operation, lambda: self._announced(product, left, right, out)):
+                self._look_twice_announced(place, product, left, right, out)
         self.seconds += time.perf_counter() - begin
 
-    def _look_twice_announced(self, place: Place, product: Announced, out: Tensor) -> None:
+    def _look_twice_announced(self, place: Place, product: Announced, left: Tensor, right: Tensor, out: Tensor) -> None:
         """See `_look_twice`."""
         if product.again is None or not self._sampler.draws(self._key, self._calls, self._again):
             return
-        if is_thin_product(*product.operands()):
+        if is_thin_product(left, right):
             found = differences(rows_of(out), rows_of(product.again()))
             self._keep(place, product.operation, Checked(recompute.SENSOR, "out", found, tuple(out.shape)))
 
@@ -183,8 +184,9 @@ class Inspection:
         """Where it costs little, what an identity has judged is run again as well: that has no tolerance."""
         if plan.again or not is_thin(call) or not self._sampler.draws(self._key, self._calls, self._again):
             return
+        given = (call.before, *call.args[1:]) if isinstance(call.before, Tensor) else call.args
         with suppress(Unsupported):  # sums in no fixed order: the identity has to do
-            for one in recompute.check(replace(call, before=(call.args, call.kwargs)), self):
+            for one in recompute.check(replace(call, before=(given, call.kwargs)), self):
                 self._keep(place, plan.name, one)
 
     def _judge(
@@ -218,9 +220,8 @@ class Inspection:
         drawn = self._sampler.draws(self._key, self._calls, self._again)
         return drawn and call.func.namespace == "aten" and not is_in_place(call.func)
 
-    def _announced(self, product: Announced, out: Tensor) -> Iterable[Checked]:
+    def _announced(self, product: Announced, left: Tensor, right: Tensor, out: Tensor) -> Iterable[Checked]:
         kappa = self.kappa(product.operation, out)
-        left, right = product.operands()
         readings = row_readings(out, self.operand(left), self.operand(right), self.signs, kappa)
         yield Checked(GEMM, "out", readings, tuple(out.shape))
 

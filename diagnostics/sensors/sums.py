@@ -13,9 +13,9 @@ those of the result and of the check. scatter_add: the same with sizes of elemen
 
 Sees: a row that was lost, sent to another place, added twice or altered, above 4e-6 of what its row received in fp32.
 Does not see: wrong indices or sources; one lost of 4,000 equal rows; below that floor in bf16 (0.06 of what a row
-received, and more for rows that received many). What is not written in place is run again as well (`thin`). Integers
-other than scatter_add's, and index_put with several index tensors, are run again (`recompute`); the embedding's
-gradient scaled by frequency is refused.
+received, and more for rows that received many). All but the integers' are run again as well (`thin`). Integers other
+than scatter_add's, and index_put with several index tensors, are run again (`recompute`); the embedding's gradient
+scaled by frequency is refused.
 Cost: one pass over the source, three over the result and one over what was there.
 """
 

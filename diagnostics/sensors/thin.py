@@ -29,7 +29,7 @@ def is_thin(call: Call) -> bool:
     """Whether to run the call once more, with an `out` of its own where it has one."""
     packet = call.func.overloadpacket
     if packet in _OF_MEMORY:
-        return not is_in_place(call.func)
+        return not is_in_place(call.func) or isinstance(call.before, Tensor)  # what was there is kept, as it is of sums
     if packet not in gemm.CHECKS or (is_in_place(call.func) and packet.__name__ not in _WRITES_A_RESULT):
         return False
     left, right = (arg for arg in call.args[-2:] if isinstance(arg, Tensor))

@@ -59,7 +59,13 @@ class _Place:
         """fp32 [M, N] = left [M, K] times the transpose of right [N, K]; shown before anybody uses it."""
         with made(self.watchers):
             out = self.backend.product(left, right)
-        seen = Announced("fp8", pass_, self.weight, lambda: (left.dequantised(), right.dequantised().t()))
+        seen = Announced(
+            "fp8",
+            pass_,
+            self.weight,
+            lambda: (left.dequantised(), right.dequantised().t()),
+            lambda: self.backend.product(left, right),
+        )
         return announce(seen, out, self.watchers)
 
 

@@ -15,6 +15,9 @@ from agent.model import PRESETS, V3
 from agent.model.fp8 import Emulation, Fp8, Recipe, Summary, summarise
 from agent.model.fp8.emulation import quantised
 from agent.model.linear import Linear
+from diagnostics.faults.inject import Injector
+from diagnostics.faults.spec import OPS, FaultSpec, Op
+from diagnostics.sensors.guard import Guard
 
 FP8 = torch.float8_e4m3fn
 
@@ -154,3 +157,17 @@ def test_two_processes_make_the_same_bits() -> None:
     first, second = (subprocess.run(run, capture_output=True, text=True, check=True).stdout for _ in range(2))
     assert first == second
     assert len(first.strip()) == hashlib.sha256().digest_size * 2
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_last_bit_of_a_product_is_seen_by_making_it_again(op: Op) -> None:
+    torch.manual_seed(0)
+    model = V3(PRESETS["tiny"].config, torch.float8_e4m3fn)
+    tokens = torch.randint(0, 256, (1, 9))
+    for again, clean in ((1.0, False), (0.0, True)):  # the second is the control: below the identity's floor
+        guard = Guard(model, again=again)
+        with Injector(model, FaultSpec(1, op, "bitflip", 0, seed=3)) as injector, guard.step(1) as step:
+            model.loss(tokens).total.backward()
+        assert injector.fired is not None
+        assert ("recompute" in {alarm.sensor for alarm in step.alarms}) is not clean
+        assert not guard.failures

@@ -99,6 +99,19 @@ def test_a_product_that_is_written_to_a_part_of_a_tensor_is_run_again_beside_it(
     assert [alarm.sensor for alarm in struck.alarms] == ["recompute"]
 
 
+def test_a_sum_that_is_added_in_place_is_made_again_of_what_was_there() -> None:
+    torch.manual_seed(0)
+    guard, there, rows = Guard(nn.Linear(8, 8)), torch.randn(4, 8), torch.randn(6, 8)
+    index = torch.tensor([0, 2, 2, 3, 0, 2])
+    with guard.step() as seen:
+        there.index_add_(0, index, rows)
+        there.scatter_add_(0, index[:, None].expand(6, 8), rows)
+    assert (seen.clean, seen.checks, guard.failures) == (True, 4, 0)
+    with LastBit(aten.index_add_), guard.step() as struck:
+        there.index_add_(0, index, rows)
+    assert [alarm.sensor for alarm in struck.alarms] == ["recompute"]
+
+
 def test_a_job_runs_a_share_again() -> None:
     guard, a, b = Guard(nn.Linear(8, 8), again=1 / 16), torch.randn(4, 8), torch.randn(8, 8)
     checks = 0
