@@ -64,32 +64,35 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         parts.append(_text(LEFT + index * step, bottom + 18, f"1e{decade}", "middle"))
     counts, of_identities = _by_decade(lines, caught), _by_decade(lines, by_identity)
     for number, precision in enumerate(PRECISIONS):
-        points = []
-        for index, decade in enumerate(DECADES):
-            hits, tries = counts[precision, decade]
-            if tries:
-                low, high = wilson(hits, tries)
-                points.append((LEFT + index * step, *(bottom - CURVE * v for v in (hits / tries, low, high))))
         colour = COLOURS[precision]
+        points = _points(counts, precision, step)
         if points:
             band = [(x, low) for x, _, low, _ in points] + [(x, high) for x, _, _, high in reversed(points)]
             parts.append(f'<polygon points="{_path(band)}" fill="{colour}" opacity="0.15"/>')
-            line = _path([(x, y) for x, y, _, _ in points])
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        alone = []
-        for index, decade in enumerate(DECADES):
-            hits, tries = of_identities[precision, decade]
-            if tries:
-                alone.append((LEFT + index * step, bottom - CURVE * hits / tries))
-        if alone:
-            parts.append(
-                f'<polyline points="{_path(alone)}" fill="none" stroke="{colour}" stroke-width="1.5" '
-                'stroke-dasharray="5 4"/>'
-            )
+            parts.append(_line(points, f'stroke="{colour}" stroke-width="2"'))
+            alone = _points(of_identities, precision, step)
+            parts.append(_line(alone, f'stroke="{colour}" stroke-width="1.5" stroke-dasharray="5 4"'))
         x = LEFT + 20 + 80 * number
         parts.append(f'<rect x="{x}" y="{bottom + 32}" width="12" height="12" fill="{colour}"/>')
         parts.append(_text(x + 18, bottom + 42, precision))
     return parts
+
+
+def _points(
+    counts: Mapping[tuple[str, int], tuple[int, int]], precision: str, step: float
+) -> list[tuple[float, float, float, float]]:
+    """x of a decade, y of the share that was caught and of its interval; decades that have no fault are left out."""
+    found = []
+    for index, decade in enumerate(DECADES):
+        hits, tries = counts[precision, decade]
+        if tries:
+            y, low, high = (TOP + CURVE * (1 - share) for share in (hits / tries, *wilson(hits, tries)))
+            found.append((LEFT + index * step, y, low, high))
+    return found
+
+
+def _line(points: Iterable[tuple[float, float, float, float]], style: str) -> str:
+    return f'<polyline points="{_path((x, y) for x, y, _, _ in points)}" fill="none" {style}/>'
 
 
 def _by_decade(

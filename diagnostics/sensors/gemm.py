@@ -35,7 +35,7 @@ from torch._ops import OpOverloadPacket
 from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.rounded import energy_readings
-from diagnostics.sensors.rows import combined
+from diagnostics.sensors.rows import alike, combined
 from diagnostics.sensors.signs import PROBES, Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
@@ -120,15 +120,6 @@ def row_readings(
     if not c.is_cuda and bool((readings <= _SURE).all()):
         return readings
     return residual.div_(size.add_(alike(c, size), alpha=ALIKE).mul_(noise))
-
-
-def alike(c: Tensor, size: Tensor) -> Tensor:
-    """fp32 [...]: ||C_i||, which equal terms add up to, and never more than what it can be, `size`.
-
-    c [..., N]; size [...]. The one norm that is taken of C: a fault would have to be 1e4 times what it adds to its
-    tolerance, and beyond that `size` bounds it. NaN where C has one.
-    """
-    return torch.minimum(torch.linalg.vector_norm(c, dim=-1, dtype=torch.float32), size)
 
 
 def output_norms(left: Operand, right: Operand, signs: Signs, alpha: float = 1.0, plus: Addend | None = None) -> Tensor:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 
-from diagnostics.sensors.gemm import ALIKE, KERNEL, SENSOR, alike, subnormal_norm
+from diagnostics.sensors.gemm import ALIKE, KERNEL, SENSOR, subnormal_norm
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
+from diagnostics.sensors.rows import alike
 from diagnostics.sensors.tolerance import NORM_FLOOR, Z
 
 

@@ -102,16 +102,10 @@ class Inspection:
         with quiet():
             left, right = product.operands()
             if self._judge(place, product.operation, lambda: self._announced(product, left, right, out)):
-                self._look_twice_announced(place, product, left, right, out)
+                again = product.again
+                if again is not None and is_thin_product(left, right):
+                    self._look_twice(place, product.operation, lambda: _made_again(again, out))
         self.seconds += time.perf_counter() - begin
-
-    def _look_twice_announced(self, place: Place, product: Announced, left: Tensor, right: Tensor, out: Tensor) -> None:
-        """See `_look_twice`."""
-        if product.again is None or not self._sampler.draws(self._key, self._calls, self._again):
-            return
-        if is_thin_product(left, right):
-            found = differences(rows_of(out), rows_of(product.again()))
-            self._keep(place, product.operation, Checked(recompute.SENSOR, "out", found, tuple(out.shape)))
 
     def draws_saved(self, tensor: Tensor) -> bool:
         """See `saved.Watcher`."""
@@ -177,28 +171,30 @@ class Inspection:
         check = plan.check
         assert check is not None
         with quiet():
-            if self._judge(place, plan.name, lambda: check(call, self), call):
-                self._look_twice(place, plan, call)
+            if self._judge(place, plan.name, lambda: check(call, self), call) and is_thin(call):
+                kept = call if call.before is not None else replace(call, before=(call.args, call.kwargs))
+                self._look_twice(place, plan.name, lambda: recompute.check_target(kept, self))
 
-    def _look_twice(self, place: Place, plan: Plan, call: Call) -> None:
+    def _look_twice(self, place: Place, operation: str, again: Callable[[], Iterable[Checked]]) -> None:
         """Where it costs little, what an identity has judged is run again as well: that has no tolerance."""
-        if plan.again or not is_thin(call) or not self._sampler.draws(self._key, self._calls, self._again):
+        if not self._sampler.draws(self._key, self._calls, self._again):
             return
-        given = (call.before, *call.args[1:]) if isinstance(call.before, Tensor) else call.args
         with suppress(Unsupported):  # sums in no fixed order: the identity has to do
-            for one in recompute.check(replace(call, before=(given, call.kwargs)), self):
-                self._keep(place, plan.name, one)
+            for one in again():
+                self._keep(place, operation, one)
 
     def _judge(
         self, place: Place, operation: str, check: Callable[[], Iterable[Checked]], instead: Call | None = None
     ) -> bool:
         """Keep a check's readings. Where an identity cannot judge its call, the operator is run again instead.
 
-        True if the check itself could.
+        True if an identity judged it, and nothing was run again.
         """
+        by_identity = True
         try:
             for one in check():
                 self._keep(place, operation, one)
+                by_identity &= one.sensor != recompute.SENSOR
         except (Unsupported, UnknownTolerance) as reason:
             if instead is not None and self._may_run_again(instead):
                 plain = replace(instead, before=None)  # what was kept was kept for the identity
@@ -207,7 +203,7 @@ class Inspection:
                 self._skip(place, operation, str(reason))
             return False
         self._coverage.count(place.module, operation, place.pass_, True)
-        return True
+        return by_identity
 
     def _keep(self, place: Place, operation: str, one: Checked) -> None:
         what = operation if one.result == "out" else f"{operation}.{one.result}"
@@ -240,6 +236,10 @@ class Inspection:
     def _skip(self, place: Place, operation: str, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self._coverage.count(place.module, operation, place.pass_, False, reason)
+
+
+def _made_again(again: Callable[[], Tensor], out: Tensor) -> Iterable[Checked]:
+    yield Checked(recompute.SENSOR, "out", differences(rows_of(out), rows_of(again())), tuple(out.shape))
 
 
 def _fp32_precision(device: str) -> str:

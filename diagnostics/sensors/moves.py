@@ -122,14 +122,6 @@ def _checked(call: Call, readings: Tensor) -> Iterable[Checked]:
     return [Checked(SENSOR, "out", readings.float(), tuple(call.out.shape))]
 
 
-def _again(call: Call, bench: Bench) -> Iterable[Checked]:
-    """Run it again; the copy that was kept is the first argument."""
-    if call.func._schema.is_mutable:
-        before = ((target_before(call), *call.args[1:]), call.kwargs)
-        call = Call(call.func, call.args, call.kwargs, call.out, before)
-    return recompute.check(call, bench)
-
-
 def _embedding(call: Call, bench: Bench) -> Iterable[Checked]:
     weight, index = argument(call, "weight"), argument(call, "indices").reshape(-1)
     return _checked(call, taken_readings(weight, index, call.out.reshape(len(index), weight.shape[1])))
@@ -143,7 +135,7 @@ def _index_select(call: Call, bench: Bench) -> Iterable[Checked]:
 def _index(call: Call, bench: Bench) -> Iterable[Checked]:
     x, found = call.args[0], single_index(argument(call, "indices"))
     if found is None:
-        return _again(call, bench)
+        return recompute.check_target(call, bench)
     dim, index = found
     out = call.out.flatten(dim, dim + index.dim() - 1) if index.dim() else call.out.unsqueeze(dim)
     flat = torch.where(index < 0, index + x.shape[dim], index).reshape(-1)
@@ -153,7 +145,7 @@ def _index(call: Call, bench: Bench) -> Iterable[Checked]:
 def _gather(call: Call, bench: Bench) -> Iterable[Checked]:
     x, index, dim = call.args[0], argument(call, "index"), argument(call, "dim")
     if x.dim() == 0 or index.dim() == 0:
-        return _again(call, bench)
+        return recompute.check_target(call, bench)
     source = rows_of(_narrowed(x, index, dim), dim)
     return _checked(call, picked_readings(source, rows_of(index, dim), rows_of(call.out, dim)))
 
@@ -188,7 +180,7 @@ def _index_copy(call: Call, bench: Bench) -> Iterable[Checked]:
 def _scatter(call: Call, bench: Bench) -> Iterable[Checked]:
     before, index, dim = target_before(call), argument(call, "index"), argument(call, "dim")
     if "reduce" in call.func._overloadname or index.dim() == 0 or not _as_wide(index, call.out, dim):
-        return _again(call, bench)
+        return recompute.check_target(call, bench)
     if "value" in call.func._overloadname:
         source = torch.full_like(index, argument(call, "value"), dtype=call.out.dtype)
     else:

@@ -16,6 +16,7 @@ Cost: the operator once more, and a pass over its result, element-wise ones in p
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -124,6 +125,13 @@ def check(call: Call, bench: Bench) -> Iterable[Checked]:
         if first.numel():
             name = "out" if place == 0 else f"out{place}"
             yield Checked(SENSOR, name, differences(rows_of(first), rows_of(second)), tuple(first.shape))
+
+
+def check_target(call: Call, bench: Bench) -> Iterable[Checked]:
+    """The same for a call of which the first argument alone was kept, as `call.before`, if it was written over."""
+    if isinstance(call.before, Tensor):
+        call = replace(call, before=((call.before, *call.args[1:]), call.kwargs))
+    return check(call, bench)
 
 
 def _with_copies(

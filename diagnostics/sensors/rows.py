@@ -82,6 +82,15 @@ def combined(weights: Tensor, rows: Tensor) -> Tensor:
     return summed if whole == n else summed.add_(combined(weights[..., whole:], rows[..., whole:, :]))
 
 
+def alike(c: Tensor, size: Tensor) -> Tensor:
+    """fp32 [...]: ||C_i||, which equal terms add up to, and never more than what it can be, `size`.
+
+    c [..., N]; size [...]. The one norm that is taken of C: a fault would have to be 1e4 times what it adds to its
+    tolerance, and beyond that `size` bounds it. NaN where C has one.
+    """
+    return torch.minimum(torch.linalg.vector_norm(c, dim=-1, dtype=torch.float32), size)
+
+
 def worst_element(out: Tensor, expected: Tensor, limit: Tensor) -> Tensor:
     """fp32 [rows]: the largest |out - expected| / limit of each row of [rows, n]; equal infinities do not differ.
 

@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from diagnostics.sensors import recompute
-from diagnostics.sensors.gemm import alike
 from diagnostics.sensors.moves import keep_target, single_index, slabs, target_before
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.router import hashed
-from diagnostics.sensors.rows import PER_DIFFERENCE, argument, ratio, rows_of
+from diagnostics.sensors.rows import PER_DIFFERENCE, alike, argument, ratio, rows_of
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, Z
 
@@ -98,16 +97,9 @@ def _add_rows(
     return [Checked(SENSOR, "out", readings, tuple(call.out.shape))]
 
 
-def _again(call: Call, bench: Bench) -> Iterable[Checked]:
-    if call.func._schema.is_mutable:
-        before = ((target_before(call), *call.args[1:]), call.kwargs)
-        call = Call(call.func, call.args, call.kwargs, call.out, before)
-    return recompute.check(call, bench)
-
-
 def _index_add(call: Call, bench: Bench) -> Iterable[Checked]:
     if not call.out.is_floating_point():
-        return _again(call, bench)
+        return recompute.check_target(call, bench)
     dim, index, source = (argument(call, name) for name in ("dim", "index", "source"))
     alpha = float(argument(call, "alpha"))
     return _add_rows(call, bench, target_before(call), dim, index.reshape(-1), slabs(source, dim), alpha)
@@ -116,7 +108,7 @@ def _index_add(call: Call, bench: Bench) -> Iterable[Checked]:
 def _index_put(call: Call, bench: Bench) -> Iterable[Checked]:
     found, values = single_index(argument(call, "indices")), argument(call, "values")
     if not argument(call, "accumulate") or found is None or found[0] != 0 or not call.out.is_floating_point():
-        return _again(call, bench)
+        return recompute.check_target(call, bench)
     index = found[1]
     flat = torch.where(index < 0, index + call.out.shape[0], index).reshape(-1)
     source = values.expand(*index.shape, *call.out.shape[1:])
@@ -138,7 +130,7 @@ def _scatter_add(call: Call, bench: Bench) -> Iterable[Checked]:
     index, source = argument(call, "index"), argument(call, "src")
     wide = index.dim() and all(index.shape[d] == out.shape[d] for d in range(out.dim()) if d != dim % out.dim())
     if not wide:
-        return _again(call, bench)
+        return recompute.check_target(call, bench)
     source = source[tuple(slice(0, size) for size in index.shape)]
     if out.numel() == 0:
         return []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.campaign.bench import Bench
 from benchmarks.campaign.draw import AROUND, IN_STEP, Coordinates
@@ -17,12 +15,7 @@ from diagnostics.faults.models import Fault
 FAULTS = 14
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,14 @@
 """Clean training is counted as it is: no alarm at the shipped tolerances, and many at a thousandth of them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import false_alarms
 from benchmarks.campaign.clean import Runs, Training, clean_figures, lost_run, run_blocks
 from benchmarks.campaign.draw import PRECISIONS
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_clean_run_has_no_alarm_and_its_control_has(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class LastBit(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket is self.struck and self.left:
             self.left -= 1
-            flat = out.view(-1).view(torch.int32 if out.element_size() == 4 else torch.int16)
+            flat = out.view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()])
             flat[len(flat) // 2] ^= 1
         return out
 
@@ -110,6 +110,18 @@ def test_a_sum_that_is_added_in_place_is_made_again_of_what_was_there() -> None:
     with LastBit(aten.index_add_), guard.step() as struck:
         there.index_add_(0, index, rows)
     assert [alarm.sensor for alarm in struck.alarms] == ["recompute"]
+
+
+def test_what_only_a_second_run_can_judge_is_run_again_once() -> None:
+    guard, index = Guard(nn.Linear(8, 8)), torch.tensor([0, 2, 2])
+    there, rows = torch.arange(32).view(4, 8), torch.arange(24).view(3, 8)
+    with guard.step() as seen:
+        there.index_add_(0, index, rows)
+        torch.index_add(there, 0, index, rows)
+    assert (seen.clean, seen.checks, guard.failures) == (True, 2, 0)
+    with LastBit(aten.index_add_), guard.step() as struck:
+        there.index_add_(0, index, rows)
+    assert len(struck.alarms) == 1
 
 
 def test_a_job_runs_a_share_again() -> None:
