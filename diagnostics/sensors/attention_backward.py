@@ -23,7 +23,7 @@ torch's CPU kernel adds blocks of dK and dV in bf16: output is 6.3e-3 there, not
 Here norms of results enter, against the rule of the other sensors: nothing made of q, k, v, dO alone is near enough to
 ||dK_j|| without the products themselves. They cannot hide a fault: with theta = z kappa and N the norm without it, a
 fault d of one element raises the tolerance to at most theta sqrt(N^2 + d^2), and is seen from d = theta N /
-sqrt(1 - theta^2) on; theta is 0.044 in bf16 and 1e-5 and less in fp32.
+sqrt(1 - theta^2) on; theta is 0.044 in bf16 and 1e-5 and less in fp32. A norm whose squares overflow reads NaN.
 
 Sampled rows of dQ (the forward's choice) are made again from q, k, v, dO and lse, element by element, with
 scale (z eta + z output ||dS||) max |K_j| and the rounding of dQ.
@@ -100,7 +100,7 @@ def dv_readings(given: Backward, dv: Tensor) -> Tensor:
     drift = total.abs() * (_ALIKE * alike * (1 + given.terms / LANE_TERMS) ** 0.5)
     limit = (size + total.abs()) * (Z * kappa.accumulate_at(given.terms)) + drift
     limit += _column_norms(amplified(given.score_noise) * given.grad)
-    limit += (_column_norms(dv) + size) * (Z * kappa.output)
+    limit += (_bounded(_column_norms(dv)) + size) * (Z * kappa.output)
     return ratio(dv.sum(2) - total, limit).amax(-1).flatten()
 
 
@@ -109,7 +109,7 @@ def dk_readings(given: Backward, dk: Tensor) -> Tensor:
     kappa, dk = given.kappa, dk.float()
     scale = abs(given.attention.scale)
     limit = _column_norms(given.dot_noise * given.query) * scale
-    limit += _column_norms(dk) * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
+    limit += _bounded(_column_norms(dk)) * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
     if kappa.output:
         corrected = given.grad * given.attention.grouped(given.out)  # D is its row sum
         limit += _column_norms(_lengths(corrected) * given.query) * (Z * kappa.output * scale)
@@ -122,7 +122,7 @@ def dq_readings(given: Backward, dq: Tensor, dk: Tensor, r: Tensor) -> Tensor:
     there = combined(torch.matmul(dq, r), given.query)
     back = combined(torch.matmul(given.key, r), dk)
     sizes = _column_norms(_lengths(dq) * given.query) + _column_norms(_lengths(given.key) * dk)
-    limit = sizes * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
+    limit = _bounded(sizes) * (Z * (kappa.accumulate_at(given.terms) + kappa.output))
     if kappa.output:
         longest = _lengths(given.key).amax(2) * abs(given.attention.scale)
         limit += _column_norms(given.dot_noise * given.query) * longest * (Z * kappa.output)
@@ -155,6 +155,11 @@ def _column_norms(t: Tensor) -> Tensor:
     long as squares and their sum; on GPUs it writes no squares."""
     norms: Tensor = t.square().sum(2).sqrt_() if t.device.type == "cpu" else torch.linalg.vector_norm(t, dim=2)
     return norms
+
+
+def _bounded(norms: Tensor) -> Tensor:
+    """Norms of results: NaN, which is an alarm, for the infinity that squares from 1.8e19 on add up to."""
+    return torch.where(norms == torch.inf, torch.nan, norms)
 
 
 def _lengths(t: Tensor) -> Tensor:

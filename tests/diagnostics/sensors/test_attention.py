@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -217,6 +218,28 @@ def test_gross_faults_of_every_result_alarm(dtype: torch.dtype, shape: Shape) ->
         for place in places:
             for fault, bad in gross_faults(call.out[place], 1):
                 assert alarms(CHECKS, with_result(call, bad, place)), (place, fault)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e6, 1e15, 1e19, 1e20, 1e26, 1e32, 1e38, math.inf, math.nan])
+def test_an_element_of_any_size_alarms_backward(dtype: torch.dtype, size: float) -> None:
+    """Also where a norm's squares overflow, whose tolerance would admit anything."""
+    _, back = calls(Shape(causal=True), 2_000_003, dtype)
+    for place in (DQ, DK, DV):
+        for sign in (1, -1):
+            bad = back.out[place].clone()
+            bad[1, 0, 7, 3] = sign * size
+            assert alarms(CHECKS, with_result(back, bad, place)), place
+
+
+def test_norms_that_overflow_hide_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    _, back = calls(Shape(causal=True), 2_000_003, torch.float32)
+    bad = back.out[DK].clone()
+    bad[1, 0, 7, 3] = 1e30
+    assert alarms(CHECKS, with_result(back, bad, DK))
+    monkeypatch.setattr("diagnostics.sensors.attention_backward._bounded", lambda norms: norms)
+    assert not alarms(CHECKS, with_result(back, bad, DK))
 
 
 @settings(deadline=None, max_examples=60)
