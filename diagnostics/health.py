@@ -64,7 +64,10 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """A reading above 1: which sensor, at which module, operation and pass, and where in the result."""
+    """A reading above 1: which sensor, at which module, operation and pass, and where in the result.
+
+    exact: bits or whole numbers were compared, with no tolerance that could have been too tight.
+    """
 
     sensor: str
     module: str
@@ -72,6 +75,7 @@ class Alarm:
     pass_: str
     reading: float
     location: str
+    exact: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,5 +54,6 @@ def vote_body(vote: Vote) -> dict[str, Any]:
 def alarm_body(alarm: Alarm) -> dict[str, Any]:
     """An alarm as it travels: assay.v1.Alarm's fields."""
     body = asdict(alarm)
+    del body["exact"]
     body["pass"] = body.pop("pass_")
     return body

@@ -16,7 +16,6 @@ from agent.training.evidence.leave import Left, leave
 from agent.training.held import Held, Member, alarm_body, vote_body
 from agent.training.roles import Roles
 from diagnostics.health import Verdict
-from diagnostics.sensors.tolerance import EXACT
 from diagnostics.verify.votes import Role, Ruling, Vote, decide
 
 #: A spare fetches the state (0.1 s) and recomputes one step; 30 s covers a slow network and a cold worker. The
@@ -140,7 +139,7 @@ class Replayer:
         if role == "original":
             computed = held.computation
             finite = math.isfinite(computed.reading) and math.isfinite(computed.loss)
-            exact = any(alarm.sensor in EXACT for alarm in computed.alarms)
+            exact = any(alarm.exact for alarm in computed.alarms)
             mine = Vote(role, here.node, here.device, os.getpid(), held.original, computed.alarm, finite, exact=exact)
         elif role is not None:
             with self.roles.acting(held.state, suspect) as engine:

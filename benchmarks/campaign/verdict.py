@@ -8,7 +8,6 @@ from typing import Any
 
 from agent.training.agreement import Again, Hashes, findings
 from benchmarks.campaign.bench import Computed
-from diagnostics.sensors.tolerance import EXACT
 from diagnostics.verify.between import Changed, Repeat, changed_ruling, update_ruling
 from diagnostics.verify.votes import Role, Ruling, Vote, decide
 
@@ -24,7 +23,7 @@ def by_votes(original: Computed, clean: str, again: Callable[[], Computed | None
     fault does not come back, and the suspect is right this time.
     """
     finite = original.finite and all(math.isfinite(alarm.reading) for alarm in original.alarms)
-    exact = any(alarm.sensor in EXACT for alarm in original.alarms)
+    exact = any(alarm.exact for alarm in original.alarms)
     votes = [_vote("original", original.digest, bool(original.alarms), finite, exact)]
     ruling = decide(votes)
     while ruling.needs is not None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def broken(error: Exception) -> str:
+    """The reason of a call that is not covered because its check failed itself."""
+    return f"the check itself failed: {type(error).__name__}: {error}"
+
+
 @dataclass(frozen=True, slots=True)
 class CoverageRow:
     """How much of one operator at one place was checked: `checked` in 0..1 of `calls`; `reason` why not all."""

@@ -52,7 +52,7 @@ class Guard:
             operator included; calls, updates and tensors at rest are sampled to keep it. None: no limit.
         again: share of the calls of operators without an identity (element-wise work, moves) that are run once more,
             and of the tensors kept for the backward that are hashed.
-        tolerance_scale: what every shipped tolerance is multiplied by.
+        tolerance_scale: what every shipped tolerance is multiplied by; what is compared bit for bit has none.
         enabled: False makes every step a plain one.
         table: tolerances in place of the shipped ones.
 
@@ -85,7 +85,7 @@ class Guard:
         self.histories: dict[str, History] = {}
         self.current: GuardedStep | None = None
         self.account = Coverage()
-        self.failures = 0  # checks that failed themselves, in all steps
+        self._failures = 0  # of the checks of all steps but the current one
         self._steps = 0
         if self.compiled:
             self.account.note("<compiled>", "fused kernels", _COMPILED)
@@ -98,10 +98,17 @@ class Guard:
         """
         if self.current is not None:
             self.current.settle()
+            self._failures += self.current.failures
         self.log.clear()
         self._steps += 1
         self.current = GuardedStep(self, self._steps if key is None else key)
         return self.current
+
+    @property
+    def failures(self) -> int:
+        """Checks that failed themselves, in all steps so far: their calls are not covered, and training goes on."""
+        current = 0 if self.current is None else self.current.failures
+        return self._failures + current + (0 if self.upkeep is None else self.upkeep.failures)
 
     def coverage(self) -> list[CoverageRow]:
         """What was checked in all steps so far, by place, operator and pass, and why the rest was not."""
@@ -129,12 +136,12 @@ class Guard:
         """Widen what raised these false alarms to twice the reading, at most WIDEST times the shipped tolerance.
 
         All sites of the same sensor and pass are widened. Returns how many tolerances changed (`widening.count` sums
-        them). Alarms that are not finite widen nothing: no tolerance could have admitted them.
+        them). Alarms that are exact or not finite widen nothing: no tolerance could have admitted them.
         """
         worst: dict[tuple[str, str], float] = {}
         for alarm in alarms:
             key = (alarm.sensor, alarm.pass_)
-            if math.isfinite(alarm.reading):
+            if math.isfinite(alarm.reading) and not alarm.exact:
                 worst[key] = max(worst.get(key, 0.0), alarm.reading)
         return sum(self.widening.widen(sensor, pass_, reading) for (sensor, pass_), reading in sorted(worst.items()))
 
@@ -191,9 +198,8 @@ class GuardedStep:
         guard = self._guard
         if not guard.enabled:
             return
-        guard.failures += self._inspection.failures
         self._account_for(took)
-        if kind is None and not guard.account.checked and not len(guard.log):
+        if kind is None and not guard.account.checked and not len(guard.log) and not guard.failures:
             rows = guard.coverage()
             if all(row.reason != NOT_DRAWN for row in rows):
                 raise NothingToCheck(_nothing(rows))
@@ -226,6 +232,11 @@ class GuardedStep:
     def skipped(self) -> dict[str, int]:
         """Calls that their check could not judge, by reason."""
         return self._inspection.skipped
+
+    @property
+    def failures(self) -> int:
+        """How many of the step's checks failed themselves."""
+        return self._inspection.failures
 
     @property
     def clean(self) -> bool:
@@ -268,20 +279,28 @@ class GuardedStep:
         """Alarm if any element is not finite. One pass over the tensor, no host sync."""
         if not self._guard.enabled or self._settled is not None or tensor.numel() == 0:
             return
-        with quiet():
+
+        def read() -> None:
             low, high = torch.aminmax(tensor.detach())
             reading = (low * 0 + high * 0).float()  # 0 if finite, NaN if not: inf * 0 and NaN * 0 are NaN
             site = Site(FINITE, name, "value", "step", tuple(tensor.shape))
             self._guard.log.append(site, reading.reshape(1))
 
+        with quiet():
+            self._inspection.tried(FINITE, read)
+
     def check_equal(self, name: str, tensor: Tensor, value: float) -> None:
         """Alarm if any element is not `value`: of what is kept beside the graph and must not change. No host sync."""
         if not self._guard.enabled or self._settled is not None:
             return
-        with quiet():
+
+        def read() -> None:
             reading = (tensor.detach() != value).any().float().mul_(PER_DIFFERENCE)
-            site = Site(KEPT, name, "value", "step", tuple(tensor.shape))
+            site = Site(KEPT, name, "value", "step", tuple(tensor.shape), exact=True)
             self._guard.log.append(site, reading.reshape(1))
+
+        with quiet():
+            self._inspection.tried(KEPT, read)
 
     def settle(self) -> tuple[float, list[Alarm], list[Statistic], int]:
         """Read the device and keep what was seen; later readings of this step are ignored."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diagnostics.sensors import recompute, saved
 from diagnostics.sensors.announced import Announced, inside_announced
-from diagnostics.sensors.coverage import Coverage
+from diagnostics.sensors.coverage import Coverage, broken
 from diagnostics.sensors.gemm import KERNEL, row_readings
 from diagnostics.sensors.gemm import SENSOR as GEMM
 from diagnostics.sensors.kinds import is_in_place
@@ -76,21 +76,21 @@ class Inspection:
         share = self._again if plan.again else 1.0
         if plan.check is None or not self._sampler.draws(self._key, self._calls, share):
             out = func(*args, **kwargs)
-            self._tried(plan.name, lambda: self._pass_by(plan, args, out))
+            self.tried(plan.name, lambda: self._pass_by(plan, args, out))
             return out
         begin = time.perf_counter()
-        before = self._tried(plan.name, lambda: self._before(plan, args, kwargs))
+        before = self.tried(plan.name, lambda: self._before(plan, args, kwargs))
         ran = time.perf_counter()
         out = func(*args, **kwargs)
         looked = time.perf_counter()
-        self._tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
+        self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self.seconds += time.perf_counter() - looked + ran - begin
         return out
 
     def announced(self, product: Announced, out: Tensor) -> None:
         """Check one product that was announced, in whichever pass, against the operands that its kernel saw."""
         if out.numel():
-            self._tried(product.operation, lambda: self._look_announced(product, out))
+            self.tried(product.operation, lambda: self._look_announced(product, out))
 
     def _look_announced(self, product: Announced, out: Tensor) -> None:
         place = Place(self._places.named(product.weight), product.pass_)
@@ -121,12 +121,20 @@ class Inspection:
             reading = torch.where(equal, 0.0, PER_DIFFERENCE).reshape(1)
         else:
             reading = tensor.new_full((1,), 0.0 if equal else PER_DIFFERENCE, dtype=torch.float32)
-        self._keep(place, "saved tensor", Checked(saved.SENSOR, "out", reading, tuple(tensor.shape)))
-        self._coverage.count(place.module, "saved tensor", place.pass_, True)
+        self._keep(place, saved.OPERATION, Checked(saved.SENSOR, "out", reading, tuple(tensor.shape), exact=True))
+        self._coverage.count(place.module, saved.OPERATION, place.pass_, True)
 
     def spent(self, seconds: float) -> None:
         """See `saved.Watcher`."""
         self.seconds += seconds
+
+    def tried(self, operation: str, work: Callable[[], Any]) -> Any:
+        """A sensor's own fault, whatever it is, must not stop the training: it is counted, and its call not covered."""
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 - see above
+            self.failures += 1
+            self._skip(Place(UNNAMED, FPROP), operation, broken(error))
 
     def end(self) -> None:
         """The step is over: let go of its tensors."""
@@ -145,15 +153,6 @@ class Inspection:
         """See `operation.Bench`."""
         return self._operands.of(value)
 
-    def _tried(self, operation: str, work: Callable[[], Any]) -> Any:
-        """A sensor's own fault, whatever it is, must not stop the training: it is counted, and its call not covered."""
-        try:
-            return work()
-        except Exception as broken:  # noqa: BLE001 - see above
-            self.failures += 1
-            reason = f"the check itself failed: {type(broken).__name__}: {broken}"
-            self._skip(Place(UNNAMED, FPROP), operation, reason)
-
     def _before(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if plan.before is None:
             return None
@@ -164,9 +163,9 @@ class Inspection:
         place = self._place(plan, call.args)
         if plan.copies:
             self._places.copied(call.args[0], call.out)
-        layout = getattr(call.out, "layout", torch.strided)
-        if layout is not torch.strided:
-            self._skip(place, plan.name, f"a result of layout {layout}")
+        unlike = _unlike(call)
+        if unlike is not None:
+            self._skip(place, plan.name, unlike)
             return
         check = plan.check
         assert check is not None
@@ -207,9 +206,9 @@ class Inspection:
 
     def _keep(self, place: Place, operation: str, one: Checked) -> None:
         what = operation if one.result == "out" else f"{operation}.{one.result}"
-        factor = self._widening.factor(one.sensor, place.pass_)
+        factor = 1.0 if one.exact else self._widening.factor(one.sensor, place.pass_)
         readings = one.readings if factor == 1.0 else one.readings / factor
-        self._log.append(Site(one.sensor, place.module, what, place.pass_, one.shape), readings)
+        self._log.append(Site(one.sensor, place.module, what, place.pass_, one.shape, one.exact), readings)
 
     def _may_run_again(self, call: Call) -> bool:
         """What an operator wrote over was kept for its identity only, not for another run."""
@@ -238,8 +237,20 @@ class Inspection:
         self._coverage.count(place.module, operation, place.pass_, False, reason)
 
 
+def _unlike(call: Call) -> str | None:
+    """What about a call's tensors no check can bear: of a quantised one even a view of its bits ends the process."""
+    for value in (call.out, *call.args):
+        if isinstance(value, Tensor):
+            if value.is_quantized:
+                return "a quantised tensor"
+            if value.is_nested:
+                return "a nested tensor"
+    layout = getattr(call.out, "layout", torch.strided)
+    return None if layout is torch.strided else f"a result of layout {layout}"
+
+
 def _made_again(again: Callable[[], Tensor], out: Tensor) -> Iterable[Checked]:
-    yield Checked(recompute.SENSOR, "out", differences(rows_of(out), rows_of(again())), tuple(out.shape))
+    yield Checked(recompute.SENSOR, "out", differences(rows_of(out), rows_of(again())), tuple(out.shape), exact=True)
 
 
 def _fp32_precision(device: str) -> str:

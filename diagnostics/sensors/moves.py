@@ -119,7 +119,7 @@ def single_index(indices: Iterable[Tensor | None]) -> tuple[int, Tensor] | None:
 
 
 def _checked(call: Call, readings: Tensor) -> Iterable[Checked]:
-    return [Checked(SENSOR, "out", readings.float(), tuple(call.out.shape))]
+    return [Checked(SENSOR, "out", readings.float(), tuple(call.out.shape), exact=True)]
 
 
 def _embedding(call: Call, bench: Bench) -> Iterable[Checked]:

@@ -49,13 +49,15 @@ class Checked(NamedTuple):
     """One check of one result.
 
     result: which one, e.g. "out", "dq". readings: fp32 [rows] on the device, residual over tolerance; above 1 or NaN
-    is an alarm. shape: of the checked result.
+    is an alarm. shape: of the checked result. exact: bits or whole numbers were compared, so that there is no tolerance
+    to widen: a reading above 1 is a value that was made otherwise.
     """
 
     sensor: str
     result: str
     readings: Tensor
     shape: tuple[int, ...]
+    exact: bool = False
 
 
 Check = Callable[[Call, Bench], Iterable[Checked]]

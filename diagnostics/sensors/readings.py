@@ -23,6 +23,7 @@ class Site:
     operation: str
     pass_: str
     shape: tuple[int, ...]
+    exact: bool = False  # see `operation.Checked`
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,4 +108,5 @@ def _alarm(segment: _Segment, chunks: list[Tensor]) -> Alarm | None:
     bad = torch.logical_not(rows <= 1.0).nonzero().flatten()
     site = segment.site
     where = f"{len(bad)} of {segment.rows} rows of {list(site.shape)}, first {int(bad[0])}"
-    return Alarm(site.sensor, site.module, site.operation, site.pass_, reading, where if site.shape else "value")
+    where = where if site.shape else "value"
+    return Alarm(site.sensor, site.module, site.operation, site.pass_, reading, where, site.exact)

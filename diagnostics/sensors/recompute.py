@@ -115,7 +115,7 @@ def check(call: Call, bench: Bench) -> Iterable[Checked]:
         raise Unsupported(f"{name_of(call.func)} wrote over its argument, of which no copy was kept")
     kept = call.before or (call.args, call.kwargs)
     if gives_again(call.func, kept[0], kept[1], call.out):
-        yield Checked(SENSOR, "out", no_differences(call.out), tuple(call.out.shape))
+        yield Checked(SENSOR, "out", no_differences(call.out), tuple(call.out.shape), exact=True)
         return
     args, kwargs = _with_copies(call.func, *kept)
     returned = call.func(*args, **kwargs)
@@ -124,7 +124,7 @@ def check(call: Call, bench: Bench) -> Iterable[Checked]:
     for place, (first, second) in enumerate(zip(results[:count], again[:count], strict=True)):
         if first.numel():
             name = "out" if place == 0 else f"out{place}"
-            yield Checked(SENSOR, name, differences(rows_of(first), rows_of(second)), tuple(first.shape))
+            yield Checked(SENSOR, name, differences(rows_of(first), rows_of(second)), tuple(first.shape), exact=True)
 
 
 def check_target(call: Call, bench: Bench) -> Iterable[Checked]:

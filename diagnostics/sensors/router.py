@@ -131,7 +131,7 @@ def _topk(call: Call, bench: Bench) -> Iterable[Checked]:
     readings = chosen_readings(rows, top, places) + best_readings(rows, top, places, largest)
     if argument(call, "sorted"):
         readings = readings + order_readings(top, largest)
-    yield Checked(SENSOR, "out", readings.float(), tuple(values.shape))
+    yield Checked(SENSOR, "out", readings.float(), tuple(values.shape), exact=True)
 
 
 def _sort(call: Call, bench: Bench) -> Iterable[Checked]:
@@ -144,7 +144,7 @@ def _sort(call: Call, bench: Bench) -> Iterable[Checked]:
     rows, order, places = rows_of(call.args[0], dim), rows_of(values, dim), rows_of(index, dim)
     readings = chosen_readings(rows, order, places) + permutation_readings(places)
     readings = readings + order_readings(order, argument(call, "descending"))
-    yield Checked(SENSOR, "out", readings.float(), tuple(values.shape))
+    yield Checked(SENSOR, "out", readings.float(), tuple(values.shape), exact=True)
 
 
 def _cumsum(call: Call, bench: Bench) -> Iterable[Checked]:
@@ -154,7 +154,7 @@ def _cumsum(call: Call, bench: Bench) -> Iterable[Checked]:
         return
     dim = argument(call, "dim")
     readings = running_readings(rows_of(call.args[0], dim), rows_of(out, dim), kappa)
-    yield Checked(SENSOR, "out", readings.float(), tuple(out.shape))
+    yield Checked(SENSOR, "out", readings.float(), tuple(out.shape), exact=kappa is None)
 
 
 def _bincount(call: Call, bench: Bench) -> Iterable[Checked]:
@@ -162,7 +162,7 @@ def _bincount(call: Call, bench: Bench) -> Iterable[Checked]:
     bins = torch.arange(len(out), device=out.device)
     if weights is None:
         wrong = (out.sum() != len(x)) | ((out * hashed(bins)).sum() != hashed(x).sum())
-        yield Checked(SENSOR, "out", wrong.float().reshape(1) * PER_DIFFERENCE, tuple(out.shape))
+        yield Checked(SENSOR, "out", wrong.float().reshape(1) * PER_DIFFERENCE, tuple(out.shape), exact=True)
         return
     kappa = bench.kappa("sums", out)
     signs = bench.signs.vector(max(len(out), 1)).to(out.dtype)
@@ -178,7 +178,7 @@ def _histc(call: Call, bench: Bench) -> Iterable[Checked]:
         raise Unsupported("a histogram over its own range")
     within = torch.count_nonzero((x >= low) & (x <= high))
     wrong = (call.out.double().sum() - within).abs().float() * PER_DIFFERENCE
-    yield Checked(SENSOR, "out", wrong.reshape(1), tuple(call.out.shape))
+    yield Checked(SENSOR, "out", wrong.reshape(1), tuple(call.out.shape), exact=True)
 
 
 CHECKS: dict[torch._ops.OpOverloadPacket, Check] = {

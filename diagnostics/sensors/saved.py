@@ -1,7 +1,7 @@
 """Watches what autograd keeps between forward and backward: bits must still be there when the backward reads them.
 
 Identity. A saved tensor is hashed when it is kept and again when it is used; the two must be equal. The hash is the one
-of `multilinear`: any flip of any number of bits of one word shows.
+of `multilinear`: any flip of any number of bits of one word shows. Exact: a hash that differs reads PER_DIFFERENCE.
 
 Sees: memory that changed meanwhile, which the check of a product cannot see, since both of its sides share the operand.
 Does not see: a value that was wrong when it was kept (its own operator's check does); what checkpointing drops and
@@ -13,7 +13,8 @@ on the device.
 from __future__ import annotations
 
 import time
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from diagnostics.sensors.digest import Stamp, stamp
 from diagnostics.sensors.quiet import quiet
 
 SENSOR = "saved"
+OPERATION = "saved tensor"
 
 
 class Kept(NamedTuple):
@@ -44,6 +46,9 @@ class Watcher(Protocol):
     def spent(self, seconds: float) -> None:
         """Hashing took so long."""
 
+    def tried(self, operation: str, work: Callable[[], Any]) -> Any:
+        """Do a sensor's work. If it fails itself, that is counted, and None comes back."""
+
 
 class Saved:
     """The pair of hooks of `torch.autograd.graph.saved_tensors_hooks`."""
@@ -54,9 +59,22 @@ class Saved:
 
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """Keep a tensor, with its hash if it is drawn. Several operators keep one tensor: it is hashed once."""
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
-        if not plain or not tensor.numel() or not self._watcher.draws_saved(tensor):
-            return tensor
+        kept: Kept | None = self._watcher.tried(OPERATION, lambda: self._hashed(tensor))
+        return tensor if kept is None else kept
+
+    def unpack(self, kept: Tensor | Kept) -> Tensor:
+        """Give the tensor back, compared."""
+        if isinstance(kept, Tensor):
+            return kept
+        self._watcher.tried(OPERATION, lambda: self._compare(kept))
+        return kept.tensor
+
+    def _hashed(self, tensor: Tensor) -> Kept | None:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if not plain or tensor.is_quantized or tensor.is_nested:
+            return None
+        if not tensor.numel() or not self._watcher.draws_saved(tensor):
+            return None
         begin = time.perf_counter()
         with quiet():
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
@@ -67,15 +85,11 @@ class Saved:
         self._watcher.spent(time.perf_counter() - begin)
         return Kept(tensor, known[1])
 
-    def unpack(self, kept: Tensor | Kept) -> Tensor:
-        """Give the tensor back, compared."""
-        if isinstance(kept, Tensor):
-            return kept
+    def _compare(self, kept: Kept) -> None:
         begin = time.perf_counter()
         with quiet():
             self._watcher.compared(kept.tensor, stamp(_in_order(kept.tensor)) == kept.hash)
         self._watcher.spent(time.perf_counter() - begin)
-        return kept.tensor
 
 
 def _in_order(tensor: Tensor) -> Tensor:

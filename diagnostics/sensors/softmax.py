@@ -58,8 +58,13 @@ _SURE = 0.5
 
 
 def row_sums(p: Tensor, kappa: Kappa) -> Tensor:
-    """Readings fp32 [rows] of probabilities fp32 [rows, n]: the sum is 1, nothing is negative. Two passes."""
+    """Readings fp32 [rows] of probabilities fp32 [rows, n]: the sum is 1. One pass."""
     return _sums_to(p, torch.ones((), device=p.device), kappa)
+
+
+def negatives(p: Tensor) -> Tensor:
+    """Readings fp32 [rows] of probabilities [rows, n], exact: none is negative. One pass."""
+    return (p.amin(-1) < 0).float() * PER_DIFFERENCE if p.shape[1] else torch.zeros(p.shape[0], device=p.device)
 
 
 def probabilities(p: Tensor, x: Tensor, kappa: Kappa) -> Tensor:
@@ -140,8 +145,7 @@ def _gradient_readings(dx: Tensor, terms: Tensor, weights: Tensor, signs: Tensor
 def _sums_to(p: Tensor, expected: Tensor, kappa: Kappa) -> Tensor:
     if p.shape[1] == 0:
         return torch.zeros(p.shape[0], device=p.device)
-    sums = ratio(p.sum(-1) - expected, expected.new_tensor(Z * kappa.accumulate_at(p.shape[1])))
-    return torch.maximum(sums, (p.amin(-1) < 0).float() * PER_DIFFERENCE)
+    return ratio(p.sum(-1) - expected, expected.new_tensor(Z * kappa.accumulate_at(p.shape[1])))
 
 
 def _softmax(call: Call, bench: Bench) -> Iterable[Checked]:
@@ -149,10 +153,10 @@ def _softmax(call: Call, bench: Bench) -> Iterable[Checked]:
     kappa = bench.kappa("softmax", call.out)
     p = rows_of(call.out, dim)
     if call.out.dtype == torch.float32:
-        readings = row_sums(p, kappa)
+        yield Checked(SENSOR, "out", row_sums(p, kappa), tuple(call.out.shape))
+        yield Checked(SENSOR, "out", negatives(p), tuple(call.out.shape), exact=True)
     else:
-        readings = probabilities(p, rows_of(call.args[0], dim), kappa)
-    yield Checked(SENSOR, "out", readings, tuple(call.out.shape))
+        yield Checked(SENSOR, "out", probabilities(p, rows_of(call.args[0], dim), kappa), tuple(call.out.shape))
 
 
 def _safe_softmax(call: Call, bench: Bench) -> Iterable[Checked]:
@@ -163,11 +167,12 @@ def _safe_softmax(call: Call, bench: Bench) -> Iterable[Checked]:
         return
     seen = x.amax(-1) != -torch.inf  # a row masked throughout is all zeros
     if call.out.dtype == torch.float32:
-        readings = _sums_to(p, seen.float(), kappa)
+        readings, wrong = _sums_to(p, seen.float(), kappa), negatives(p)
     else:
         masked = (p.float() != 0).any(-1).float() * PER_DIFFERENCE
-        readings = torch.where(seen, probabilities(p, x, kappa), masked)
+        readings, wrong = torch.where(seen, probabilities(p, x, kappa), 0.0), torch.where(seen, 0.0, masked)
     yield Checked(SENSOR, "out", readings, tuple(call.out.shape))
+    yield Checked(SENSOR, "out", wrong, tuple(call.out.shape), exact=True)
 
 
 def _log_softmax(call: Call, bench: Bench) -> Iterable[Checked]:

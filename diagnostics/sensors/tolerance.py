@@ -18,9 +18,6 @@ Z = 7.0
 # would hide, and the sensor is broken rather than tight.
 WIDEST = 4.0
 
-# Sensors that compare bits have no tolerance, and none is widened: one alarm is one value that was made otherwise.
-EXACT = frozenset({"kept", "moves", "recompute", "saved"})
-
 # Sums of n terms in vector lanes stray by sqrt(n / lanes). kappa_accumulate is measured at short sums and grows from
 # here: 64 is AVX-512's 16 fp32 lanes times the 4 accumulators that BLAS kernels keep.
 LANE_TERMS = 64
@@ -137,10 +134,8 @@ class Widening:
     def widen(self, sensor: str, pass_: str, reading: float) -> bool:
         """Make room for twice `reading`; True if the factor changed.
 
-        A reading that is not finite widens nothing, nor does one of a sensor that has no tolerance.
+        A reading that is not finite widens nothing.
         """
-        if sensor in EXACT:
-            return False
         before = self.factor(sensor, pass_)
         wanted = 2.0 * reading * before
         if not wanted < float("inf"):

@@ -6,6 +6,7 @@ is drawn and copied, and after it a second optimizer of the same class repeats i
 must still be there when the next guarded step begins: parameters and moments are hashed after the update and before
 their next use.
 
+Exact: bits are compared, and an alarm reads infinity.
 Does not see: a defect that repeats on the same device (the copy is updated there too); an update of a parameter that
 was not drawn (the chance is 1 in the number of parameters a step; a wrong value that was written is then at rest, and
 looks right); a write between two guarded steps by anybody's intent: it is an alarm as well, see `forget`. Cost: the
@@ -16,17 +17,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diagnostics.sensors.coverage import broken
 from diagnostics.sensors.digest import Stamp, differ, stamp
 from diagnostics.sensors.multilinear import splitmix64
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import Site
+from diagnostics.sensors.rows import same
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 
 AT_REST = "at rest"
@@ -44,10 +47,12 @@ class Looked(NamedTuple):
 class Upkeep:
     """What is known of the optimizer's state, and what has been found wrong since the last guarded step began.
 
-    The sampler draws whether an update is repeated, and which tensors are hashed, by the number of the update.
+    The sampler draws whether an update is repeated, and which tensors are hashed, by the number of the update. A check
+    that fails itself does not stop the optimizer: it is counted in `failures`, and said in `looked`.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, sampler: Sampler) -> None:
+        self.failures = 0
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._optimizer = optimizer
         self._sampler = sampler
@@ -65,16 +70,20 @@ class Upkeep:
     def found(self) -> list[Site]:
         """Where an update or the state at rest was wrong since this was asked last; the state is compared now."""
         begin = time.perf_counter()
-        known = [(name, value) for name, value in self._state() if name in self._digests] if self._digests else []
+        if self._digests:
+            self._tried(AT_REST, self._compare)
+        found, self._found = self._found, []
+        self._digests = {}
+        self._seconds += time.perf_counter() - begin
+        return found
+
+    def _compare(self) -> None:
+        known = [(name, value) for name, value in self._state() if name in self._digests]
         wrong = differ([(self._digests[name], stamp(value)) for name, value in known])
         for (name, value), differs in zip(known, wrong, strict=True):
             self._looked.append(Looked(AT_REST, True))
             if differs:
                 self._found.append(Site(AT_REST, name, "digest", "step", tuple(value.shape)))
-        found, self._found = self._found, []
-        self._digests.clear()
-        self._seconds += time.perf_counter() - begin
-        return found
 
     def looked(self) -> list[Looked]:
         """What was checked since this was asked last, and what was not."""
@@ -103,10 +112,14 @@ class Upkeep:
             self._looked.append(Looked("update", False, NOT_DRAWN))
         else:
             begin = time.perf_counter()
-            self._copy(*updated[splitmix64(self._steps) % len(updated)])
+            self._tried("update", lambda: self._copy(*updated[splitmix64(self._steps) % len(updated)]))
             self._seconds += time.perf_counter() - begin
 
     def _copy(self, group: dict[str, Any], original: nn.Parameter) -> None:
+        unlike = _unlike(original) or (None if original.grad is None else _unlike(original.grad))
+        if unlike is not None:
+            self._looked.append(Looked("update", False, unlike))
+            return
         try:
             second = _twin(self._optimizer, group, original)
         except (TypeError, ValueError, RuntimeError) as reason:
@@ -117,22 +130,34 @@ class Upkeep:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         begin = time.perf_counter()
-        if self._copied is not None:
-            self._repeat(*self._copied)
-            self._copied = None
+        copied, self._copied = self._copied, None
+        if copied is not None:
+            self._tried("update", lambda: self._repeat(*copied))
         self._digests = {}
+        self._tried(AT_REST, self._hash)
+        self._seconds += time.perf_counter() - begin
+
+    def _hash(self) -> None:
         for number, (name, value) in enumerate(self._state(), start=1):
-            if self._draws(number):
+            unlike = _unlike(value)
+            if unlike is None and self._draws(number):
                 self._digests[name] = stamp(value)
             else:
-                self._looked.append(Looked(AT_REST, False, NOT_DRAWN))
-        self._seconds += time.perf_counter() - begin
+                self._looked.append(Looked(AT_REST, False, unlike or NOT_DRAWN))
+
+    def _tried(self, operation: str, work: Callable[[], None]) -> None:
+        """See `Inspection.tried`."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - see above
+            self.failures += 1
+            self._looked.append(Looked(operation, False, broken(error)))
 
     def _repeat(self, name: str, original: nn.Parameter, second: Optimizer) -> None:
         twin = second.param_groups[0]["params"][0]
         with quiet():
             second.step()
-            if not _same(twin.detach(), original.detach()):
+            if not same(twin.detach(), original.detach()):
                 kind = type(self._optimizer).__name__
                 self._found.append(Site(UPDATE, name, kind, "step", tuple(original.shape)))
         self._looked.append(Looked("update", True))
@@ -163,6 +188,6 @@ def _twin(optimizer: Optimizer, group: dict[str, Any], original: nn.Parameter) -
         return second
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit: NaN equals the same NaN."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+def _unlike(t: Tensor) -> str | None:
+    """Why a tensor's memory cannot be read as it lies."""
+    return None if t.layout is torch.strided else f"a tensor of layout {t.layout}"

@@ -60,6 +60,11 @@ def checked(checks: dict[Any, Check], call: Call, bench: CpuBench | None = None)
     return found
 
 
+def by_row(checks: dict[Any, Check], call: Call, bench: CpuBench | None = None) -> Tensor:
+    """The largest reading of each row, of one call whose checks all read the rows of one result."""
+    return torch.stack([each.readings for each in checked(checks, call, bench)]).amax(0)
+
+
 def worst(checks: dict[Any, Check], call: Call, bench: CpuBench | None = None) -> float:
     """The largest reading of one call, NaN if one is NaN, 0.0 without any."""
     readings = [each.readings for each in checked(checks, call, bench) if each.readings.numel()]

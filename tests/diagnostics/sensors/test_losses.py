@@ -8,7 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import SCALES, CpuBench, alarms, aten, checked, flipped, gross_faults, outliers, run, with_result, worst
+from operations import (
+    SCALES,
+    CpuBench,
+    alarms,
+    aten,
+    by_row,
+    flipped,
+    gross_faults,
+    outliers,
+    run,
+    with_result,
+    worst,
+)
 
 from diagnostics.sensors.losses import CHECKS, MEAN, NONE
 from diagnostics.sensors.operation import Call
@@ -61,9 +73,9 @@ def test_images_have_their_classes_in_the_second_dimension() -> None:
     there = run(aten.nll_loss2d_forward.default, y, target, None, MEAN, -100)
     assert worst(CHECKS, there) <= 1.0
     back = run(aten.nll_loss2d_backward.default, torch.tensor(1.0), y, target, None, MEAN, -100, there.out[1])
-    (found,) = checked(CHECKS, back)
-    assert found.readings.shape == (24,)
-    assert float(found.readings.amax()) <= 1.0
+    found = by_row(CHECKS, back)
+    assert found.shape == (24,)
+    assert float(found.amax()) <= 1.0
     assert alarms(CHECKS, with_result(back, flipped(back.out, 0, 20)))
 
 
@@ -110,8 +122,7 @@ def test_any_flip_off_the_target_and_those_from_bit_3_on_at_it_alarm(element: in
     bad = flipped(back.out, element, bit)
     if bad.flatten()[element] == 0:  # the sign of a zero is no number
         return
-    (found,) = checked(CHECKS, with_result(back, bad))
-    assert (found.readings <= 1.0).tolist() == [row != element // 12 for row in range(40)]
+    assert (by_row(CHECKS, with_result(back, bad)) <= 1.0).tolist() == [row != element // 12 for row in range(40)]
 
 
 def test_a_wrong_target_is_not_seen_and_an_ignored_row_that_is_not_zero_is() -> None:

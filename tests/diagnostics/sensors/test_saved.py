@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +26,9 @@ class Hears:
 
     def spent(self, seconds: float) -> None:
         pass
+
+    def tried(self, operation: str, work: Callable[[], Any]) -> Any:
+        return work()
 
 
 VIEWS = {

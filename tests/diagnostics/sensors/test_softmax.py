@@ -9,7 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import SCALES, CpuBench, alarms, aten, checked, flipped, gross_faults, outliers, run, with_result, worst
+from operations import (
+    SCALES,
+    CpuBench,
+    alarms,
+    aten,
+    by_row,
+    checked,
+    flipped,
+    gross_faults,
+    outliers,
+    run,
+    with_result,
+    worst,
+)
 
 from diagnostics.sensors import softmax
 from diagnostics.sensors.operation import Call
@@ -65,9 +78,9 @@ def test_zeros_one_row_and_nothing_are_quiet(name: str, dtype: torch.dtype, shap
 def test_rows_are_those_of_the_dimension(name: str, dim: int) -> None:
     x = outliers(3, 4, 5, seed=2_000_001)
     call = forward(name, x, dim) if name in FORWARDS else backward(name, outliers(3, 4, 5, seed=2), x, dim)
-    (found,) = checked(CHECKS, call)
-    assert found.readings.shape == (60 // x.shape[dim],)
-    assert float(found.readings.amax()) <= 1.0
+    found = by_row(CHECKS, call)
+    assert found.shape == (60 // x.shape[dim],)
+    assert float(found.amax()) <= 1.0
 
 
 @pytest.mark.parametrize("name", FORWARDS + BACKWARDS)
@@ -96,9 +109,9 @@ def test_a_change_of_twice_the_published_floor_alarms_in_fp32(name: str, columns
         norm = grad.norm(dim=-1) + grad.sum(-1).abs()
     bad = call.out.clone()
     bad[2, seed % columns] += 2 * Z * kappa.accumulate_at(columns) * norm[2] + 2e-7 * bad[2].abs().amax()
-    (found,) = checked(CHECKS, with_result(call, bad), CpuBench(seed))
-    assert found.readings[2] > 1.0
-    assert bool((found.readings[[0, 1, 3]] <= 1.0).all())
+    found = by_row(CHECKS, with_result(call, bad), CpuBench(seed))
+    assert found[2] > 1.0
+    assert bool((found[[0, 1, 3]] <= 1.0).all())
 
 
 @settings(deadline=None, max_examples=40)
@@ -137,8 +150,7 @@ def test_masked_scores_are_no_alarm_and_a_row_masked_throughout_is_zero_where_so
         bad[1, 2] = 0.5
         assert alarms(CHECKS, with_result(call, bad))
     for name in ("_softmax", "_log_softmax"):
-        (found,) = checked(CHECKS, forward(name, x))
-        assert (found.readings <= 1.0).tolist() == [True, False, True]  # NaN is no result
+        assert (by_row(CHECKS, forward(name, x)) <= 1.0).tolist() == [True, False, True]  # NaN is no result
     lost = forward("_log_softmax", x[:1])
     bad = lost.out.clone()
     bad[0, 4] = -3.0
