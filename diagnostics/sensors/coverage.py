@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 def broken(error: Exception) -> str:
     """The reason of a call that is not covered because its check failed itself."""
-    return f"the check itself failed: {type(error).__name__}: {error}"
+    first = (str(error).splitlines() or [""])[0]  # torch goes on for pages
+    return f"the check itself failed: {type(error).__name__}: {first[:200]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class Inspection:
         share = self._again if plan.again else 1.0
         if plan.check is None or not self._sampler.draws(self._key, self._calls, share):
             out = func(*args, **kwargs)
+            if plan.writes:
+                self.tried(plan.name, lambda: self._operands.forget(recompute.written_by(func, args, kwargs)))
             self.tried(plan.name, lambda: self._pass_by(plan, args, out))
             return out
         begin = time.perf_counter()
@@ -83,6 +85,8 @@ class Inspection:
         ran = time.perf_counter()
         out = func(*args, **kwargs)
         looked = time.perf_counter()
+        if plan.writes:
+            self.tried(plan.name, lambda: self._operands.forget(recompute.written_by(func, args, kwargs)))
         self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self.seconds += time.perf_counter() - looked + ran - begin
         return out
@@ -167,7 +171,7 @@ class Inspection:
         if unlike is not None:
             self._skip(place, plan.name, unlike)
             return
-        check = plan.check
+        check = recompute.check if isinstance(call.before, recompute.Overwritten) else plan.check
         assert check is not None
         with quiet():
             if self._judge(place, plan.name, lambda: check(call, self), call) and is_thin(call):
@@ -239,14 +243,17 @@ class Inspection:
 
 def _unlike(call: Call) -> str | None:
     """What about a call's tensors no check can bear: of a quantised one even a view of its bits ends the process."""
-    for value in (call.out, *call.args):
+    results = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
+    for value in (*results, *call.args):
         if isinstance(value, Tensor):
             if value.is_quantized:
                 return "a quantised tensor"
             if value.is_nested:
                 return "a nested tensor"
-    layout = getattr(call.out, "layout", torch.strided)
-    return None if layout is torch.strided else f"a result of layout {layout}"
+            if value._is_zerotensor():
+                return "zeros without memory"
+    layouts = {value.layout for value in results if isinstance(value, Tensor)} - {torch.strided}
+    return f"a result of layout {layouts.pop()}" if layouts else None
 
 
 def _made_again(again: Callable[[], Tensor], out: Tensor) -> Iterable[Checked]:

@@ -31,13 +31,26 @@ _FAMILIES = {
     " masked_select take index_fill index_fill_ _embedding_bag repeat_interleave nonzero tril triu tril_ triu_",
     "view": "_unsafe_view _reshape_alias detach_",
     "random": "randperm multinomial poisson",
-    "blank": "empty empty_like empty_strided new_empty new_empty_strided resize_ set_",
+    "blank": "empty empty_like empty_strided empty_permuted new_empty new_empty_strided resize_ set_",
     "creation": "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full arange linspace eye"
     " scalar_tensor zero_ fill_ lift_fresh",
     "elementwise": "where masked_fill masked_fill_ silu_backward gelu_backward sigmoid_backward tanh_backward"
     " threshold_backward leaky_relu_backward clamp one_hot __iand__ __ior__ __ixor__",
 }
 _KINDS = {name: kind for kind, names in _FAMILIES.items() for name in names.split()}
+
+#: Arguments that an operator writes to although its schema does not say so: running statistics, in training.
+WRITTEN_UNSAID = dict.fromkeys(
+    (
+        "native_batch_norm",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+        "batch_norm_update_stats",
+        "batch_norm_gather_stats",
+        "batch_norm_gather_stats_with_counts",
+    ),
+    ("running_mean", "running_var"),
+)
 
 # Optimizers' operators over lists of tensors: each element is computed by itself.
 _ELEMENTWISE = ("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad")
@@ -59,8 +72,8 @@ def is_view(func: torch._ops.OpOverload) -> bool:
 
 @cache
 def is_in_place(func: torch._ops.OpOverload) -> bool:
-    """Whether the operator writes to an argument (`out=` overloads included)."""
-    return bool(func._schema.is_mutable)
+    """Whether the operator writes to an argument (`out=` overloads included), whether its schema says so or not."""
+    return bool(func._schema.is_mutable) or name_of(func) in WRITTEN_UNSAID
 
 
 @cache

@@ -34,6 +34,7 @@ from diagnostics.sensors.rows import (
     bits,
     blocks,
     by_blocks,
+    copy_of,
     differences,
     no_differences,
     rows_of,
@@ -106,8 +107,7 @@ def target_before(call: Call) -> Tensor:
 
 def keep_target(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> Tensor:
     """A copy of the first argument, as `Call.before`. One pass."""
-    target: Tensor = args[0]
-    return target.clone()
+    return copy_of(args[0])
 
 
 def single_index(indices: Iterable[Tensor | None]) -> tuple[int, Tensor] | None:
@@ -144,7 +144,7 @@ def _index(call: Call, bench: Bench) -> Iterable[Checked]:
 
 def _gather(call: Call, bench: Bench) -> Iterable[Checked]:
     x, index, dim = call.args[0], argument(call, "index"), argument(call, "dim")
-    if x.dim() == 0 or index.dim() == 0:
+    if not x.dim() or x.dim() != index.dim():
         return recompute.check_target(call, bench)
     source = rows_of(_narrowed(x, index, dim), dim)
     return _checked(call, picked_readings(source, rows_of(index, dim), rows_of(call.out, dim)))

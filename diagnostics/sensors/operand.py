@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -127,8 +128,8 @@ class Operand:
 class Operands:
     """The last few matrices by identity, so that what one product measured serves the next.
 
-    Invariant: an entry holds its tensor, so its memory cannot be another tensor's; one written over since (its version
-    counts writes) is measured anew.
+    Invariant: an entry holds its tensor, so its memory cannot be another tensor's; one written over since is measured
+    anew: its version counts writes, and `forget` is told of those that `.data` hides from it.
     """
 
     def __init__(self) -> None:
@@ -145,6 +146,13 @@ class Operands:
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         return Operand(value, found)
+
+    def forget(self, written: Iterable[Tensor]) -> None:
+        """Drop what shares memory with any of these."""
+        if self._kept:
+            touched = {each.untyped_storage().data_ptr() for each in written if each.layout is torch.strided}
+            for key in [key for key, kept in self._kept.items() if kept.base.untyped_storage().data_ptr() in touched]:
+                del self._kept[key]
 
     def clear(self) -> None:
         """Let go of every tensor."""

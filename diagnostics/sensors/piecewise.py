@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.sensors.kinds import is_in_place, kind_of, name_of
-from diagnostics.sensors.rows import same
+from diagnostics.sensors.rows import copy_of, same
 
 # Half of a common L2 cache; a piece takes some 15 us besides, a few per cent of its passes.
 PIECE_BYTES = 1 << 20
@@ -28,8 +28,14 @@ Piece = tuple[slice, ...]
 
 
 def pieces(like: Tensor) -> Iterator[Piece]:
-    """Cuts a tensor along its leading dimensions into pieces of at most PIECE_BYTES, or one row if that is larger."""
+    """Cuts a tensor along its leading dimensions into pieces of at most PIECE_BYTES, or one row if that is larger.
+
+    A tensor without dimensions is one piece.
+    """
     shape, most = like.shape, max(1, PIECE_BYTES // like.element_size())
+    if not shape:
+        yield ()
+        return
     at, inner = len(shape) - 1, 1
     while at > 0 and inner * shape[at] <= most:
         inner *= shape[at]
@@ -38,7 +44,7 @@ def pieces(like: Tensor) -> Iterator[Piece]:
     step -= step % even if step > even else 0
     for lead in product(*map(range, shape[: max(at, 0)])):
         before = tuple(slice(place, place + 1) for place in lead)
-        for start in range(0, shape[at], step) if shape else ():
+        for start in range(0, shape[at], step):
             yield (*before, slice(start, start + step))
 
 
@@ -59,7 +65,7 @@ def gives_again(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[s
     for piece in pieces(out):
         given = [cut(arg, piece, out.dim()) if isinstance(arg, Tensor) else arg for arg in args]
         if is_in_place(func):
-            given[0] = given[0].clone()
+            given[0] = copy_of(given[0])
         if not same(func(*given, **kwargs), out[piece]):
             return False
     return True

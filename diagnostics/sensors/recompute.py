@@ -18,16 +18,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from diagnostics.sensors.kinds import is_in_place, kind_of, name_of
+from diagnostics.sensors.kinds import WRITTEN_UNSAID, is_in_place, kind_of, name_of
 from diagnostics.sensors.operation import Before, Bench, Call, Checked, Unsupported
 from diagnostics.sensors.piecewise import gives_again
-from diagnostics.sensors.rows import argument, differences, no_differences, rows_of
+from diagnostics.sensors.rows import argument, copy_of, differences, no_differences, rows_of
 
 SENSOR = "recompute"
 
@@ -59,7 +59,8 @@ _UNORDERED = frozenset(
 _WORKSPACES = frozenset({"mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"})
 
 
-# Results of fused attention: the output and the rows' logsumexp. What comes behind holds no values without dropout.
+# How many results have values throughout. Fused attention: the output and the rows' logsumexp, without dropout; batch
+# norm: all but its workspace; CTC: the losses, beside which paths shorter than the longest leave memory unwritten.
 _RESULTS = {
     "_scaled_dot_product_flash_attention": 2,
     "_scaled_dot_product_efficient_attention": 2,
@@ -68,6 +69,9 @@ _RESULTS = {
     "_flash_attention_forward": 2,
     "_efficient_attention_forward": 2,
     "_cudnn_attention_forward": 2,
+    "cudnn_batch_norm": 3,
+    "miopen_batch_norm": 3,
+    "_ctc_loss": 1,
 }
 
 
@@ -98,13 +102,35 @@ def keeper(func: torch._ops.OpOverload) -> Before:
     return keep
 
 
+class Overwritten(NamedTuple):
+    """What an operator with an identity was given, some of which its `out` lay over."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def overwritten(func: torch._ops.OpOverload) -> Before:
+    """What to keep before `func`, an `out=` overload: its arguments as `Overwritten`, if it writes over one; else None.
+
+    The identity would read what is there afterwards.
+    """
+
+    def keep(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> Overwritten | None:
+        written, given = written_by(func, args, kwargs), _arguments(func, args, kwargs, written=False)
+        if not any(_meet(_extent(each), _extent(target)) for each in given for target in written):
+            return None
+        return Overwritten(*_with_copies(func, args, kwargs))
+
+    return keep
+
+
 def check(call: Call, bench: Bench) -> Iterable[Checked]:
     """Run the operator again and count, per row of each result, PER_DIFFERENCE for every element that differs.
 
     The call's own arguments stay as they are; `call.before` is what `keeper` kept, for operators that write to one.
     Raises Unsupported when the operator is not a function of its arguments, or they were written over and not kept.
     """
-    results = _tensors(call.out) or _written(call.func, call.args, call.kwargs)
+    results = _results(call.func, call.out, call.args, call.kwargs)
     if not results:
         return  # a number that the host already has
     device = results[0].device.type
@@ -119,10 +145,11 @@ def check(call: Call, bench: Bench) -> Iterable[Checked]:
         return
     args, kwargs = _with_copies(call.func, *kept)
     returned = call.func(*args, **kwargs)
-    again = _tensors(returned) or _written(call.func, args, kwargs)
-    count = _RESULTS.get(name_of(call.func), len(results))
-    for place, (first, second) in enumerate(zip(results[:count], again[:count], strict=True)):
-        if first.numel():
+    again = _results(call.func, returned, args, kwargs)
+    whole = _RESULTS.get(name_of(call.func), len(results))
+    of_call = len(_tensors(call.out))
+    for place, (first, second) in enumerate(zip(results, again, strict=True)):
+        if first.numel() and not whole <= place < of_call:
             name = "out" if place == 0 else f"out{place}"
             yield Checked(SENSOR, name, differences(rows_of(first), rows_of(second)), tuple(first.shape), exact=True)
 
@@ -141,15 +168,15 @@ def _with_copies(
     if not is_in_place(func):
         return args, kwargs
     written: dict[int, list[tuple[int, int]]] = {}
-    for target in _written(func, args, kwargs):
+    for target in written_by(func, args, kwargs):
         memory, extent = _extent(target)
         written.setdefault(memory, []).append(extent)
 
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
-            memory, (start, end) = _extent(value)
-            meets = any(start < last and first < end for first, last in written.get(memory, ()))
-            return value.clone() if meets else value
+            memory, extent = _extent(value)
+            meets = any(_meet((memory, extent), (memory, other)) for other in written.get(memory, ()))
+            return copy_of(value) if meets else value
         return [copied(each) for each in value] if isinstance(value, (list, tuple)) else value
 
     return tuple(copied(value) for value in args), {name: copied(value) for name, value in kwargs.items()}
@@ -164,11 +191,33 @@ def _extent(t: Tensor) -> tuple[int, tuple[int, int]]:
     return t.untyped_storage().data_ptr(), (start, start + span * t.element_size())
 
 
-def _written(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that `func` writes to: the results of an operator that returns nothing (lists of an optimizer)."""
+def _meet(one: tuple[int, tuple[int, int]], other: tuple[int, tuple[int, int]]) -> bool:
+    """Whether two extents have a byte in common."""
+    (memory, (start, end)), (theirs, (first, last)) = one, other
+    return memory == theirs and start < last and first < end
+
+
+def _results(func: torch._ops.OpOverload, returned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """What an operator made: what it returned, and what it wrote to where that is not returned."""
+    found = _tensors(returned)
+    unsaid = name_of(func) in WRITTEN_UNSAID
+    return found + written_by(func, args, kwargs) if unsaid or not found else found
+
+
+def written_by(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that `func` writes to."""
+    return _arguments(func, args, kwargs, written=True)
+
+
+def _arguments(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], written: bool
+) -> list[Tensor]:
+    """The tensors in the arguments that `func` writes to, or in the others."""
     found: list[Tensor] = []
+    unsaid = WRITTEN_UNSAID.get(name_of(func), ())
     for place, declared in enumerate(func._schema.arguments):
-        if declared.alias_info is not None and declared.alias_info.is_write:
+        writes = declared.alias_info is not None and declared.alias_info.is_write
+        if (writes or declared.name in unsaid) == written:
             found += _tensors(args[place] if place < len(args) else kwargs.get(declared.name))
     return found
 

@@ -21,7 +21,7 @@ from diagnostics.sensors import (
     softmax,
     sums,
 )
-from diagnostics.sensors.kinds import kind_of, name_of
+from diagnostics.sensors.kinds import is_in_place, kind_of, name_of
 from diagnostics.sensors.operation import Before, Check
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class Plan:
     """What to do with an operator: check it, with what was kept before it ran; or say why not.
 
     again: the check costs what the operator does, or more. product: its last argument may be a weight. copies: its
-    result holds the values of its first argument.
+    result holds the values of its first argument. writes: to an argument.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Plan:
     again: bool
     product: bool
     copies: bool
+    writes: bool
     reason: str = ""
 
 
@@ -61,13 +62,16 @@ def plan_of(func: OpOverload) -> Plan | None:
     packet, kind, name = func.overloadpacket, kind_of(func), name_of(func)
     if kind in ("view", "blank"):
         return None
-    product, copies = packet in _PRODUCTS, packet in _COPIES
+    product, copies, writes = packet in _PRODUCTS, packet in _COPIES, is_in_place(func)
     check = _CHECKS.get(packet)
     if check is not None:
-        return Plan(name, check, _BEFORE.get(packet), packet in _AGAIN, product, copies)
+        before = _BEFORE.get(packet) or (recompute.overwritten(func) if writes else None)
+        return Plan(name, check, before, packet in _AGAIN, product, copies, writes)
     if func.namespace != "aten":
-        return Plan(name, None, None, False, product, copies, f"{func.namespace} is not torch's: it may have effects")
+        return Plan(
+            name, None, None, False, product, copies, writes, f"{func.namespace} is not torch's: it may have effects"
+        )
     reason = recompute.why_not(func, "cpu", 0.0)  # what differs by device or dropout, each call says
     if reason is not None:
-        return Plan(name, None, None, False, product, copies, reason)
-    return Plan(name, recompute.check, recompute.keeper(func), True, product, copies)
+        return Plan(name, None, None, False, product, copies, writes, reason)
+    return Plan(name, recompute.check, recompute.keeper(func), True, product, copies, writes)

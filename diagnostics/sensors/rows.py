@@ -109,8 +109,15 @@ def bits(t: Tensor) -> Tensor:
     """
     t = t.resolve_conj().resolve_neg()
     if t.is_complex():
-        t = torch.view_as_real(t).flatten(-2)
+        t = torch.view_as_real(t).flatten(max(-2, -1 - t.dim()))
     return t.view(_INTEGERS[t.element_size()])
+
+
+def copy_of(t: Tensor) -> Tensor:
+    """A copy whose elements lie as far apart: a loop over memory with gaps may give another last bit."""
+    if t.layout is not torch.strided or t.is_conj() or t.is_neg() or 0 in t.stride():
+        return t.clone()
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -128,7 +128,9 @@ def _embedding_backward(call: Call, bench: Bench) -> Iterable[Checked]:
 def _scatter_add(call: Call, bench: Bench) -> Iterable[Checked]:
     out, before, dim = call.out, target_before(call), argument(call, "dim")
     index, source = argument(call, "index"), argument(call, "src")
-    wide = index.dim() and all(index.shape[d] == out.shape[d] for d in range(out.dim()) if d != dim % out.dim())
+    wide = 0 < out.dim() == index.dim() and all(
+        index.shape[d] == out.shape[d] for d in range(out.dim()) if d != dim % out.dim()
+    )
     if not wide:
         return recompute.check_target(call, bench)
     source = source[tuple(slice(0, size) for size in index.shape)]

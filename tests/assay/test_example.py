@@ -22,7 +22,9 @@ def test_the_example_catches_its_fault_and_goes_on(capsys: pytest.CaptureFixture
     ]
     assert "model.layers.1.mlp.up_proj (mm, dgrad)" in lines[4]
     assert lines[-1].endswith("0 of them not checked in full")
-    page = (ROOT / "docs" / "sensing.md").read_text()  # which shows this output; readings and losses are a machine's own
+    page = (
+        ROOT / "docs" / "sensing.md"
+    ).read_text()  # which shows this output; readings and losses are a machine's own
     assert lines[4].partition(" reads")[0] in page
     for line in (lines[2], lines[3], lines[6]):
         name, _, rest = line.partition(": ")
