@@ -2,7 +2,7 @@
 
 Each check publishes its tolerance (the module named beside each function). Here it is taken from the operands and the
 right result, of which the check has only estimates; the fault's size in a row is the L2 of its difference, which is
-what random signs add up to on average.
+what random signs add up to on average. Where they are weights, the floor is that of the least of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from diagnostics.faults.models import Damage
 from diagnostics.sensors.gemm import ALIKE
 from diagnostics.sensors.registry import plan_of
 from diagnostics.sensors.rows import rounding
+from diagnostics.sensors.signs import LEAST
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Z
 
 aten = torch.ops.aten
@@ -130,7 +131,8 @@ def _product(struck: Struck) -> Tensor | None:
     norms = (squares + rows.square() * squares.sum() / rows.square().sum().clamp(min=_TINY)).sqrt()
     if not kappa.output:
         noise = noise + ALIKE * squares.sqrt()
-    return _over(struck.delta, kappa.accumulate_at(max(right.shape[1], left.shape[1])) * noise + kappa.output * norms)
+    limits = kappa.accumulate_at(max(right.shape[1], left.shape[1])) * noise + kappa.output * norms
+    return _over(struck.delta, limits if kappa.output else limits / LEAST)
 
 
 def _softmax(struck: Struck) -> Tensor | None:
@@ -155,7 +157,9 @@ def _softmax_backward(struck: Struck) -> Tensor | None:
     product = p * grad
     norm, total = torch.linalg.vector_norm(product, dim=1), product.sum(1).abs()
     limits = kappa.accumulate_at(p.shape[1]) * (norm + total)
-    return _over(struck.delta, limits + kappa.output * (norm + total * torch.linalg.vector_norm(p, dim=1)))
+    if kappa.output:  # weights alone; in fp32 ones as well
+        limits = (limits + kappa.output * (norm + total * torch.linalg.vector_norm(p, dim=1))) / LEAST
+    return _over(struck.delta, limits)
 
 
 def _bit_by_bit(struck: Struck) -> Tensor | None:

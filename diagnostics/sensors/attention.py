@@ -178,7 +178,7 @@ def packed(t: Tensor) -> Tensor:
 def sampled_rows(rows: int, signs: Signs, device: torch.device) -> Tensor:
     """int64 [min(ROWS, rows)]: evenly spaced rows from an offset drawn by the step's signs, without a host sync."""
     count = min(ROWS, rows)
-    bits = (signs.vector(24) + 1) / 2  # 24 bits fill fp32's mantissa
+    bits = (signs.vector(24) > 0).float()  # 24 bits fill fp32's mantissa
     offset = (bits * torch.exp2(-torch.arange(1.0, 25.0, device=device))).sum()
     places = (torch.arange(count, device=device) + offset) * (rows / count)
     return places.long().clamp_(max=rows - 1)

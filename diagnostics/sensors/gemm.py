@@ -1,4 +1,4 @@
-"""The row check of a matrix product: C r = A (W r), for random signs r.
+"""The row check of a matrix product: C r = A (W r), for random weights r (`signs.py`).
 
 Identity. C = alpha A W + beta D, so C r - alpha A (W r) - beta D r is rounding noise, row by row; thin products check a
 whole GEMM. Forward, dgrad (G W^T) and wgrad (G^T A) are the same identity, and so are batched products, batch by batch.

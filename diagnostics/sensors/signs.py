@@ -1,4 +1,4 @@
-"""The random signs a step's checks are made with: drawn from the step's key, so that a replay draws the same."""
+"""The random signs and weights a step's checks are made with: drawn from its key, so that a replay draws the same."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from diagnostics.sensors.multilinear import MASK, splitmix64
 # `gemm` (m = 16: 1e-6), and 32 columns are two AMX tiles.
 PROBES = 32
 
+#: The least size of a weight: one wrong element is seen from the floor over this on, whichever weight it meets.
+LEAST = 0.75
+
 
 class Signs:
-    """Vectors of +-1 by length, counter-based: f(key, length, kind of device). Redrawn each step (a fixed vector, ones
-    above all, would miss the faults that happen to cancel under it)."""
+    """Vectors by length, counter-based: f(key, length, kind of device). Redrawn each step (a fixed vector, ones above
+    all, would miss the faults that happen to cancel under it)."""
 
     def __init__(self, key: int, device: torch.device) -> None:
         self._key = key & MASK
@@ -24,10 +27,18 @@ class Signs:
         self._probes: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def vector(self, n: int) -> Tensor:
-        """The check's signs, fp32 [n]."""
+        """The check's weights, fp32 [n]: random signs times LEAST to 2 - LEAST, 3/4 to 5/4.
+
+        Of signs alone two are equal half of the time, and then two elements that have changed places, or two lanes that
+        stray by as much in opposite directions, cancel in every row. Weights differ: such a pair that is f times its
+        floor is missed with a chance of 2 / f.
+        """
         found = self._drawn.get(n)
         if found is None:
-            found = self._drawn[n] = self._draw((n,), salt=1)
+            sizes = (
+                torch.rand(n, generator=self._generator(n, salt=3), device=self._device).mul_(2 - 2 * LEAST).add_(LEAST)
+            )
+            found = self._drawn[n] = self._draw((n,), salt=1).mul_(sizes)
         return found
 
     def probes(self, n: int, dtype: torch.dtype) -> Tensor:
@@ -38,8 +49,10 @@ class Signs:
         return found
 
     def _draw(self, shape: tuple[int, ...], salt: int) -> Tensor:
-        seed = splitmix64(self._key ^ splitmix64(shape[0] * 4 + salt))
-        # Drawn where they are used: a copy from the host would wait for all that a GPU has still to do.
-        generator = torch.Generator(self._device).manual_seed(seed)
+        generator = self._generator(shape[0], salt)
         bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.float32, device=self._device)
         return bits.mul_(2).sub_(1)
+
+    def _generator(self, n: int, salt: int) -> torch.Generator:
+        """Where its numbers are used: a copy from the host would wait for all that a GPU has still to do."""
+        return torch.Generator(self._device).manual_seed(splitmix64(self._key ^ splitmix64(n * 4 + salt)))

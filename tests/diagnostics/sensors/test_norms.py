@@ -26,7 +26,7 @@ from operations import (
 from diagnostics.sensors.norms import CHECKS, rms_norm_readings
 from diagnostics.sensors.operation import Call
 from diagnostics.sensors.quiet import quiet
-from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.signs import LEAST, Signs
 from diagnostics.sensors.tolerance import Z, shipped_table
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -136,7 +136,7 @@ def test_an_element_off_by_twice_the_floor_alarms(norm: Any, backward: bool, n: 
     if norm is layer_norm and not backward:
         size = size + call.args[3].norm()
     bad = call.out[0].clone()
-    bad[2, seed % n] += float(2 * Z * kappa.accumulate_at(n) * size) + 2e-7 * float(bad[2].abs().amax())
+    bad[2, seed % n] += float(2 / LEAST * Z * kappa.accumulate_at(n) * size) + 2e-7 * float(bad[2].abs().amax())
     found = checked(CHECKS, with_result(call, bad, 0), CpuBench(seed))
     assert (found[0].readings <= 1.0).tolist() == [True, True, False, True, True]
     assert not alarms(CHECKS, with_result(call, bad, 0), CpuBench(seed, loose=1e3))

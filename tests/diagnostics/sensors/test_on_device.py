@@ -107,7 +107,8 @@ def test_attention_as_cudnn_gives_it(dtype: torch.dtype, causal: bool) -> None:
 
 def test_only_results_that_are_written_are_compared() -> None:
     """What attention returns for dropout is memory that nobody has written, where there is none."""
-    for name, count in recompute._RESULTS.items():
+    attention = {name: count for name, count in recompute._RESULTS.items() if "attention" in name}
+    for name, count in attention.items():
         returns = getattr(aten, name).default._schema.returns
         assert [(value.name or "").replace("_", "") for value in returns[:count]] in (
             ["output", "logsumexp"],
