@@ -22,14 +22,14 @@ _ROUNDS = 5
 class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, in a step without a guard, every operand and result once for each operator that has a check.
 
-    identities: bytes of operators that an identity covers. again: of those that are run once more, thin ones of the
-    former too. saved: of what
-    autograd keeps, when it is kept, once however many operators keep it, and whenever it is used.
+    identities: bytes of operators that an identity covers. products: of those, the products'. again: of those that are
+    run once more, thin ones of the former too. saved: of what autograd keeps, when it is kept, once however many
+    operators keep it, and whenever it is used.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.identities = self.again = self.saved = 0
+        self.identities = self.products = self.again = self.saved = 0
         self._kept: set[tuple[object, ...]] = set()
         self._hooks = saved_tensors_hooks(self._keep, self._use)
 
@@ -51,6 +51,7 @@ class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]
             size = sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
             if not plan.again:
                 self.identities += size
+                self.products += size if plan.product else 0
             if plan.again or is_thin(Call(func, args, kwargs or {}, out)):
                 self.again += size
         return out

@@ -14,10 +14,14 @@ def test_products_element_wise_work_and_what_is_kept_are_counted() -> None:
         y = (x @ w) * 2.0
     product, doubled = (32 + 128 + 64) * 4, 2 * 64 * 4
     assert (forward.identities, forward.again, forward.saved) == (product, product + doubled, 32 * 4)
+    assert forward.products == product
     square = torch.ones(1024, 1024)
     with Touched() as wide:
         square @ square
     assert (wide.identities, wide.again) == (3 << 22, 0)
+    with Touched() as softmax:
+        square.softmax(-1)
+    assert (softmax.identities, softmax.products) == (2 << 22, 0)
     with Touched() as view:
         y.t().view(16, 4)
     assert (view.identities, view.again, view.saved) == (0, 0, 0)
