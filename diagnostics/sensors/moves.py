@@ -143,7 +143,7 @@ def _index(call: Call, bench: Bench) -> Iterable[Checked]:
 
 
 def _gather(call: Call, bench: Bench) -> Iterable[Checked]:
-    x, index, dim = call.args[0], argument(call, "index"), argument(call, "dim")
+    x, index, dim = call.args[0], argument(call, "index").long(), argument(call, "dim")  # an empty one is of any type
     if not x.dim() or x.dim() != index.dim():
         return recompute.check_target(call, bench)
     source = rows_of(_narrowed(x, index, dim), dim)

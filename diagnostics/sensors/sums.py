@@ -127,7 +127,7 @@ def _embedding_backward(call: Call, bench: Bench) -> Iterable[Checked]:
 
 def _scatter_add(call: Call, bench: Bench) -> Iterable[Checked]:
     out, before, dim = call.out, target_before(call), argument(call, "dim")
-    index, source = argument(call, "index"), argument(call, "src")
+    index, source = argument(call, "index").long(), argument(call, "src")  # an empty one is of any type
     wide = 0 < out.dim() == index.dim() and all(
         index.shape[d] == out.shape[d] for d in range(out.dim()) if d != dim % out.dim()
     )

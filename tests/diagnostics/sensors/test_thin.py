@@ -23,6 +23,11 @@ def product(m: int, k: int, n: int, func: Any = aten.mm.default, **kwargs: Any) 
     return Call(func, args, kwargs, torch.empty(m, n))
 
 
+def attention(length: int) -> Call:
+    heads = torch.empty(1, 2, length, 16)
+    return Call(aten._scaled_dot_product_flash_attention_for_cpu.default, (heads, heads, heads), {}, None)
+
+
 @pytest.mark.parametrize(
     ("call", "thin"),
     [
@@ -38,6 +43,8 @@ def product(m: int, k: int, n: int, func: Any = aten.mm.default, **kwargs: Any) 
         (Call(aten._softmax.default, (torch.empty(2, 2), -1, False), {}, torch.empty(2, 2)), True),
         (Call(aten.index_add.default, (torch.empty(2, 2), 0, torch.zeros(2), torch.empty(2, 2)), {}, None), True),
         (Call(aten.index_add_.default, (torch.empty(2, 2), 0, torch.zeros(2), torch.empty(2, 2)), {}, None), False),
+        (attention(128), True),
+        (attention(129), False),
         (Call(aten.native_layer_norm.default, (torch.empty(2, 2), [2], None, None, 1e-5), {}, None), False),
     ],
 )
@@ -122,6 +129,26 @@ def test_what_only_a_second_run_can_judge_is_run_again_once() -> None:
     with LastBit(aten.index_add_), guard.step() as struck:
         there.index_add_(0, index, rows)
     assert len(struck.alarms) == 1
+
+
+def test_fused_attention_inside_the_hull_of_its_values_is_seen_where_it_is_short() -> None:
+    """The identity sees what leaves the hull, and 16 rows."""
+
+    class Halved(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
+                out[0][0, 1, 30] += 0.5 * (args[2][0, 1, :31].mean(0) - out[0][0, 1, 30])
+            return out
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    for again, clean in ((1.0, False), (0.0, True)):
+        guard = Guard(nn.Linear(8, 8), again=again)
+        with Halved(), guard.step(key=1) as seen, torch.no_grad():
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert seen.clean == clean
+        assert guard.failures == 0
 
 
 def test_a_job_runs_a_share_again() -> None:
