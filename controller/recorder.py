@@ -12,7 +12,7 @@ from controller.store import effects
 from controller.store.encoding import dump
 from controller.store.finals import Disagreement, Final
 from controller.store.ingest import Ingest, Sighting, note_processes
-from controller.store.reports import Report
+from controller.store.reports import Report, StepRecords
 from controller.store.writer import Unit
 from controller.telemetry import Metrics, Traces
 
@@ -78,7 +78,12 @@ class Recorder:
     def reports(self, unit: Unit, node: str, epoch: int, reports: Sequence[Report]) -> list[Action]:
         """Take a batch of reports: rows for what is new in them, and decisions on the events."""
         ordered: list[Action] = []
-        self._metrics.reports.inc(sum(report.seq > self.ingest.mark(node, epoch) for report in reports))
+        fresh = [report.body for report in reports if report.seq > self.ingest.mark(node, epoch)]
+        self._metrics.reports.inc(len(fresh))
+        for body in fresh:
+            if isinstance(body, StepRecords):
+                self._metrics.stepped(node, body.records)
+                _tell_lost(node, body)
         for found in self.ingest.take(unit, node, epoch, reports, self._world):
             if isinstance(found, Sighting):
                 ordered += self._sighted(unit, epoch, found)
@@ -191,3 +196,11 @@ class Recorder:
                     self._metrics.widened.inc(event.widened)
             if incident.recovered_at is not None and (old is None or old.recovered_at is None):
                 self._traces.incident(incident)
+
+
+def _tell_lost(node: str, steps: StepRecords) -> None:
+    """Log why coverage was lost: a rank tells each reason once."""
+    for record in steps.records:
+        for reason in record.lost_because:
+            where = (steps.job, steps.rank, node, record.step)
+            log.warning("job %s: sensors of rank %d on %s lose coverage in step %d: %r", *where, reason)

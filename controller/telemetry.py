@@ -1,6 +1,6 @@
 """What the controller shows of itself: metrics for Prometheus, and the spans that join an incident's processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from opentelemetry.trace import Span, Tracer
@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from assay.telemetry import context, traceparent
 from controller.core import actions, events
 from controller.core.state import Incident
+from controller.store.reports import StepRecord
 
 # Seconds of one commit: an fsync takes 1 ms on a good disk, 0.1 s on a bad one; above 1 s acknowledgements are late.
 COMMIT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
@@ -45,6 +46,15 @@ class Metrics:
         )
         self.nodes = Gauge("assay_nodes_linked", "Nodes with an open stream.", registry=self.registry)
         self.step = Gauge("assay_job_final_step", "Last step that core saw final.", ["job"], registry=self.registry)
+        self.checks = Counter(
+            "assay_checks", "Checks that sensors made in committed steps.", ["node"], registry=self.registry
+        )
+        self.failed_checks = Counter(
+            "assay_checks_failed", "Checks that failed themselves: coverage lost.", ["node"], registry=self.registry
+        )
+        self.unjudged = Counter(
+            "assay_calls_unjudged", "Calls that their check could not judge.", ["node"], registry=self.registry
+        )
         self.units = Counter("assay_store_units", "Units committed.", registry=self.registry)
         self.commits = Histogram(
             "assay_store_commit_seconds", "Time of one commit.", buckets=COMMIT_BUCKETS, registry=self.registry
@@ -54,6 +64,13 @@ class Metrics:
         """Count a commit; called on the writer's thread."""
         self.units.inc(units)
         self.commits.observe(seconds)
+
+    def stepped(self, node: str, records: Iterable[StepRecord]) -> None:
+        """Count what the sensors of a node saw in these steps, and what they lost."""
+        for record in records:
+            self.checks.labels(node).inc(record.checks)
+            self.failed_checks.labels(node).inc(record.failed_checks)
+            self.unjudged.labels(node).inc(record.unjudged)
 
     def decided(self, event: events.Event, ordered: Sequence[actions.Action]) -> None:
         """Count a decision."""

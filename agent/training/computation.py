@@ -8,6 +8,7 @@ from torch import Tensor
 
 from agent.model.crossing import Comparison
 from agent.model.fp8 import Summary
+from agent.training.lost import COVERED, Lost
 from agent.training.reduction import Reduction, worst
 from agent.training.seals import Garbled, alarm_of
 from diagnostics.health import Alarm
@@ -18,7 +19,8 @@ from diagnostics.sensors.multilinear import MASK
 @dataclass(frozen=True, slots=True)
 class Computation:
     """What one forward and backward gave. `alarm` is `not (reading <= 1)`; `counts` is int64 [MoE layers, experts];
-    `fp8` has a summary for each kind of tensor that was quantised, and is empty in other precisions.
+    `fp8` has a summary for each kind of tensor that was quantised, and is empty in other precisions; `lost` is what the
+    sensors should have seen and did not.
 
     With a mesh, `clock` counts the exchanges with other ranks before the first alarm, and `crossing` is what the rank's
     tokens sent to other nodes. `deviation` stands for the gradients of a replay that had to stop, because it sent other
@@ -34,6 +36,7 @@ class Computation:
     counts: Tensor
     tokens: int
     fp8: tuple[Summary, ...] = ()
+    lost: Lost = COVERED
     clock: int = 0
     crossing: Comparison | None = None
     deviation: str = ""

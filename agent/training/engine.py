@@ -23,6 +23,7 @@ from agent.training.computation import Computation, astray, with_seals
 from agent.training.data import Batch, BatchCorrupted, Corpus, CorpusError, sample_ids
 from agent.training.journal import Deviation, Journal, Wire
 from agent.training.layout import State, StateLayout
+from agent.training.lost import lost
 from agent.training.sampling import window_ids
 from agent.training.seals import Seals
 from agent.training.shards import ShardLayout
@@ -161,6 +162,7 @@ class Engine:
             counts=_NO_COUNTS if result is None else result.counts,
             tokens=batch.tokens.shape[0] * self.preset.seq_len,
             fp8=summarise(self._tallies),
+            lost=lost(sense.failures, sense.skipped),
             clock=self._clock(sense),
             crossing=None if result is None else result.crossing,
             deviation=deviation,

@@ -1,6 +1,7 @@
 """The account of a committed step that a rank gives: what it computed, what the sensors read, how long it took."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +20,16 @@ class Times:
 
 
 def step_record(
-    record: SlotRecord, computation: Computation, grad_norm: float, attempts: int, times: Times
+    record: SlotRecord,
+    computation: Computation,
+    grad_norm: float,
+    attempts: int,
+    times: Times,
+    lost_because: Sequence[str],
 ) -> dict[str, Any]:
-    """assay.v1.StepRecord's fields. `grad_norm` is of the mean gradient, before clipping."""
+    """assay.v1.StepRecord's fields. `grad_norm` is of the mean gradient, before clipping; of the reasons for lost
+    coverage those are in `lost_because` that no earlier record of the rank has told.
+    """
     crossing = computation.crossing
     return {
         "step": record.step,
@@ -40,6 +48,9 @@ def step_record(
         "fp8": [_summary_body(summary) for summary in computation.fp8],
         "crossing_bytes": 0 if crossing is None else crossing.limited.nbytes,
         "unlimited_bytes": 0 if crossing is None else crossing.unlimited.nbytes,
+        "failed_checks": computation.lost.failed,
+        "unjudged": computation.lost.unjudged,
+        "lost_because": list(lost_because),
     }
 
 

@@ -25,6 +25,7 @@ from agent.training.gate import Decision, Outcome, Row, decide
 from agent.training.handed import Unlike
 from agent.training.hearing import Hearing
 from agent.training.held import Held, Member
+from agent.training.lost import Reasons
 from agent.training.optimizer import AdamW, clip_coefficient
 from agent.training.recovery import Recovery
 from agent.training.reduction import UNCHECKED, Reduction
@@ -92,6 +93,7 @@ class Trainer:
         self.doubt = Doubt(seat.job, seat.generation, group, self.recovery, daemon)
         self.checkpoints: Checkpoints = WholeCheckpoints(None)
         self.executions: Counter[int] = Counter()
+        self.reasons = Reasons(daemon)
         self.phase = (0, "rendezvous")
         self.own = 0  # digest of this rank's words at the last gate
         group.waiting = engine.journal.waiting = self._waiting
@@ -174,7 +176,7 @@ class Trainer:
         norm = outcome.norm / self.group.world
         if key is not None:
             computation = replace(computation, checks=computation.checks + self.division.compared)
-        self.daemon.step(step_record(record, computation, norm, attempts, times))
+        self.daemon.step(step_record(record, computation, norm, attempts, times, self.reasons.take()))
         self._capture(record)
         return None
 
@@ -195,6 +197,7 @@ class Trainer:
         self.executions[step] += 1
         self.engine.bind(self.transaction.state)
         computation = self.engine.compute(step, self.group.rank, attempt, self.engine.gradients)
+        self.reasons.hear(step, computation.lost)
         # The reduction overwrites these gradients, so an alarmed rank takes their digest now.
         digest = vote_digest(self.engine.gradients, computation.counts, computation.loss) if computation.alarm else ""
         return computation, digest

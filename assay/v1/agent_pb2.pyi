@@ -170,7 +170,7 @@ class Fp8Summary(_message.Message):
     def __init__(self, tensor: _Optional[str] = ..., amax: _Optional[float] = ..., amax_module: _Optional[str] = ..., saturation: _Optional[float] = ..., saturation_module: _Optional[str] = ..., underflow: _Optional[float] = ..., underflow_module: _Optional[str] = ..., **kwargs) -> None: ...
 
 class StepRecord(_message.Message):
-    __slots__ = ("step", "time", "loss", "grad_norm", "reading", "checks", "attempts", "digest", "chain", "step_s", "sensor_s", "gate_s", "tokens", "expert_load", "fp8", "crossing_bytes", "unlimited_bytes")
+    __slots__ = ("step", "time", "loss", "grad_norm", "reading", "checks", "attempts", "digest", "chain", "step_s", "sensor_s", "gate_s", "tokens", "expert_load", "fp8", "crossing_bytes", "unlimited_bytes", "failed_checks", "unjudged", "lost_because")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,9 @@ class StepRecord(_message.Message):
     FP8_FIELD_NUMBER: _ClassVar[int]
     CROSSING_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNLIMITED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FAILED_CHECKS_FIELD_NUMBER: _ClassVar[int]
+    UNJUDGED_FIELD_NUMBER: _ClassVar[int]
+    LOST_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     step: int
     time: float
     loss: float
@@ -205,7 +208,10 @@ class StepRecord(_message.Message):
     fp8: _containers.RepeatedCompositeFieldContainer[Fp8Summary]
     crossing_bytes: int
     unlimited_bytes: int
-    def __init__(self, step: _Optional[int] = ..., time: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., reading: _Optional[float] = ..., checks: _Optional[int] = ..., attempts: _Optional[int] = ..., digest: _Optional[str] = ..., chain: _Optional[str] = ..., step_s: _Optional[float] = ..., sensor_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., tokens: _Optional[int] = ..., expert_load: _Optional[_Iterable[int]] = ..., fp8: _Optional[_Iterable[_Union[Fp8Summary, _Mapping]]] = ..., crossing_bytes: _Optional[int] = ..., unlimited_bytes: _Optional[int] = ...) -> None: ...
+    failed_checks: int
+    unjudged: int
+    lost_because: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, step: _Optional[int] = ..., time: _Optional[float] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., reading: _Optional[float] = ..., checks: _Optional[int] = ..., attempts: _Optional[int] = ..., digest: _Optional[str] = ..., chain: _Optional[str] = ..., step_s: _Optional[float] = ..., sensor_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., tokens: _Optional[int] = ..., expert_load: _Optional[_Iterable[int]] = ..., fp8: _Optional[_Iterable[_Union[Fp8Summary, _Mapping]]] = ..., crossing_bytes: _Optional[int] = ..., unlimited_bytes: _Optional[int] = ..., failed_checks: _Optional[int] = ..., unjudged: _Optional[int] = ..., lost_because: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StepRecords(_message.Message):
     __slots__ = ("job", "generation", "rank", "records")

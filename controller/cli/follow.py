@@ -79,6 +79,10 @@ def follow(ask: Queries, job: str, display: Display, check: Callable[[], None]) 
         check()
         document = ask.job(job)
         display.show(document)
+        for entry in document.get("lost_coverage", ()):
+            if ("lost coverage", f"{entry['rank']} {entry['device']}") not in told:
+                told.add(("lost coverage", f"{entry['rank']} {entry['device']}"))
+                display.tell(entry["text"])
         for incident in ask.incidents(job)["incidents"]:
             for key, text in news(incident):
                 if (incident["id"], key) not in told:

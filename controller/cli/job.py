@@ -7,6 +7,7 @@ import click
 from controller.cli.output import output_option, print_facts, print_json, print_table, short
 from controller.cli.reading import read
 from controller.cli.rundir import dir_option
+from controller.cli.status import lost
 
 
 @click.group("job")
@@ -25,7 +26,7 @@ def show(job: str, directory: Path, form: str) -> None:
         print_json(document)
         return
     facts = ("job", "status", "reason", "world", "steps", "committed_steps")
-    print_facts([(name.replace("_", " "), document.get(name)) for name in facts])
+    print_facts([*((name.replace("_", " "), document.get(name)) for name in facts), *lost(document)])
     columns = ("generation", "first_step", "last_step", "resumed_from", "reason")
     print_table("generations", columns, [[g.get(c) for c in columns] for g in document["generations"]])
 
@@ -41,10 +42,14 @@ def steps(job: str, directory: Path, form: str) -> None:
         print_json(document)
         return
     rows = [
-        (s["rank"], s["step"], s["generation"], _loss(s.get("loss")), s.get("attempts"), short(s.get("digest")))
+        (
+            *(s["rank"], s["step"], s["generation"], _loss(s.get("loss")), s.get("attempts")),
+            *(s.get("checks"), s.get("failed_checks"), s.get("unjudged"), short(s.get("digest"))),
+        )
         for s in document["steps"]
     ]
-    print_table(f"steps of {document['job']}", ("rank", "step", "generation", "loss", "attempts", "digest"), rows)
+    columns = ("rank", "step", "generation", "loss", "attempts", "checks", "failed checks", "unjudged", "digest")
+    print_table(f"steps of {document['job']}", columns, rows)
 
 
 def _loss(value: object) -> str:

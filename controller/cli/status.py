@@ -32,6 +32,7 @@ def command(directory: Path, form: str) -> None:
             ("generation", job.get("generation")),
             ("running", "yes" if document["running"] else "no"),
             ("status page", document["status_url"]),
+            *lost(job),
         ]
     )
     nodes = [(n.get("node", n.get("name")), n.get("state"), "yes" if n.get("spare") else "") for n in document["nodes"]]
@@ -39,6 +40,12 @@ def command(directory: Path, form: str) -> None:
     print_table("devices", SUSPICION, [row for node in document["nodes"] for row in suspicions(node)])
     columns = ("role", "node", "rank", "generation", "pid")
     print_table("processes", columns, [[entry.get(c) for c in columns] for entry in document["processes"]])
+
+
+def lost(document: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """A line for each device whose sensors fail; none while all is well."""
+    for entry in document.get("lost_coverage") or []:
+        yield "lost coverage", entry["text"]
 
 
 def suspicions(node: dict[str, Any]) -> Iterator[Sequence[object]]:

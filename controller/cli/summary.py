@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from controller.cli import incident
+from controller.cli import incident, status
 from controller.cli.output import print_facts, print_table, short
 
 
@@ -21,6 +21,7 @@ def print_summary(document: dict[str, Any]) -> None:
             ("state of a rank", _held(document["state_bytes"])),
             ("generations", len(document["generations"])),
             ("checkpoints", ", ".join(f"{c['step']} ({c['trust']})" for c in document["checkpoints"]) or None),
+            *status.lost(document),
             ("directory", document["dir"]),
         ]
     )

@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAY_BE_NOT_FINITE = frozenset({"loss", "grad_norm", "reading", "value", "amax"})
 # What an honest agent may quote from anywhere (an exception, a log): cut and cleaned instead of refused, because a
 # refused report comes again.
-_FREE_TEXT = frozenset({"detail", "reason", "location"})
+_FREE_TEXT = frozenset({"detail", "reason", "location", "lost_because"})
 
 
 class MalformedError(ValueError):

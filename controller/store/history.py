@@ -105,7 +105,8 @@ def find_change(store: Store, key: str) -> tuple[str, str] | None:
 def _record(entry: dict[str, Any]) -> StepRecord:
     summaries = tuple(Fp8Summary(**_known(Fp8Summary, part)) for part in entry.get("fp8", ()))  # none in old records
     values = _known(StepRecord, entry)
-    return StepRecord(**{**values, "expert_load": tuple(entry["expert_load"]), "fp8": summaries})
+    lists = {name: tuple(entry.get(name, ())) for name in ("expert_load", "lost_because")}
+    return StepRecord(**{**values, **lists, "fp8": summaries})
 
 
 def _known(target: type[Any], entry: dict[str, Any]) -> dict[str, Any]:

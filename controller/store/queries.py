@@ -8,6 +8,7 @@ from sqlalchemy import Connection, Row, Select, select
 
 from controller.core import suspicion
 from controller.store import rundocument, steps
+from controller.store.coverage import lost_coverage
 from controller.store.errors import UnknownIdError
 from controller.store.opening import Store, told
 from controller.store.schema import actions, checkpoints, drills, incidents, jobs, leases, nodes, processes
@@ -146,6 +147,7 @@ def _job(connection: Connection, job: str) -> Document:
         "generations": gone,
         "placement": steps.placements(connection, job),
         "drills": [_drill(drill) for drill in fired],
+        "lost_coverage": lost_coverage(connection, job),
         "spec": json.loads(row.spec),
     }
 

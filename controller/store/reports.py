@@ -30,6 +30,8 @@ class StepRecord:
     state after the commit; `expert_load` counts routed tokens per (MoE layer, expert), row-major; `fp8` has one
     summary for each kind of tensor, and is empty in other precisions and from agents that know of none.
     `crossing_bytes` left for other nodes in the dispatches of all layers, `unlimited_bytes` would have without groups.
+    `failed_checks` failed themselves, `unjudged` other calls could not be judged; `lost_because` has the reasons that
+    no earlier record of this rank and generation had.
     """
 
     step: int
@@ -49,6 +51,9 @@ class StepRecord:
     fp8: tuple[Fp8Summary, ...] = ()
     crossing_bytes: int = 0
     unlimited_bytes: int = 0
+    failed_checks: int = 0
+    unjudged: int = 0
+    lost_because: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

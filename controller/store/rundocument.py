@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, select
 
 from controller.store import steps
+from controller.store.coverage import lost_coverage
 from controller.store.schema import checkpoints, events
 
 Document = dict[str, Any]
@@ -45,6 +46,7 @@ def run(connection: Connection, job: Row[Any], incidents: list[Document]) -> Doc
         "placement": steps.placements(connection, job.id),
         "state_bytes": _state_bytes(connection, job.id),
         "incidents": incidents,
+        "lost_coverage": lost_coverage(connection, job.id),
     }
 
 

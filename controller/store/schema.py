@@ -158,6 +158,9 @@ segments = Table(
     Column("loss_max", Float),
     Column("reading", Float),
     Column("payload", LargeBinary, nullable=False),
+    Column("checks", BigInteger, nullable=False, server_default="0"),
+    Column("failed_checks", BigInteger, nullable=False, server_default="0"),
+    Column("unjudged", BigInteger, nullable=False, server_default="0"),
     Index(None, "job", "generation", "rank", "last_step"),
 )
 

@@ -42,6 +42,9 @@ def pack(node: str, epoch: int, seq: int, steps: StepRecords) -> Row:
         "loss_mean": sum(losses) / len(losses) if losses else None,
         "loss_max": max(losses, default=None),
         "reading": max(readings, default=None),
+        "checks": sum(record.checks for record in steps.records),
+        "failed_checks": sum(record.failed_checks for record in steps.records),
+        "unjudged": sum(record.unjudged for record in steps.records),
         "payload": zlib.compress(_encode([_record(record) for record in steps.records]), LEVEL),
     }
 

@@ -13,7 +13,12 @@ from controller.store.schema import segments as rows
 # Points of a loss curve that are worth sending to a page: more than a screen has columns.
 CURVE_POINTS = 2000
 # What a list of steps shows of a record.
-SHOWN = ("rank", "step", "generation", "loss", "grad_norm", "reading", "attempts", "digest", "chain", "time", "step_s")
+SHOWN = (
+    *("rank", "step", "generation", "loss", "grad_norm", "reading", "attempts", "digest", "chain", "time", "step_s"),
+    *("checks", "failed_checks", "unjudged"),
+)
+# Counts that records of older versions lack.
+_LATER = {"failed_checks": 0, "unjudged": 0}
 
 
 def records(connection: Connection, job: str) -> list[dict[str, Any]]:
@@ -35,28 +40,16 @@ def newest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def committed(connection: Connection, job: str) -> list[dict[str, Any]]:
     """Give each committed (rank, step) once, with what the rank reported of it."""
-    names = (
-        "rank",
-        "step",
-        "generation",
-        "loss",
-        "grad_norm",
-        "reading",
-        "attempts",
-        "digest",
-        "chain",
-        "time",
-        "step_s",
-    )
     return [
-        {**{name: record[name] for name in names}, "fp8": [_summary(part) for part in record.get("fp8", ())]}
+        {**{name: record.get(name, _LATER.get(name)) for name in SHOWN}, "fp8": _summaries(record)}
         for record in newest(records(connection, job))
     ]
 
 
-def _summary(part: dict[str, Any]) -> dict[str, Any]:
-    """One FP8 summary under the wire's names; records of older versions have none."""
-    return {"pass" if name == "pass_" else name: value for name, value in part.items()}
+def _summaries(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """FP8 summaries under the wire's names; records of older versions have none."""
+    parts = record.get("fp8", ())
+    return [{"pass" if name == "pass_" else name: value for name, value in part.items()} for part in parts]
 
 
 def committed_count(connection: Connection, job: str) -> int:

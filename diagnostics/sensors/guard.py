@@ -235,7 +235,7 @@ class GuardedStep:
 
     @property
     def failures(self) -> int:
-        """How many of the step's checks failed themselves."""
+        """Checks that failed themselves in this step; their calls are among those in `skipped`."""
         return self._inspection.failures
 
     @property

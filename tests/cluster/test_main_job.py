@@ -24,6 +24,8 @@ def test_the_undisturbed_run(clean: Document, tmp_path: Path) -> None:
     assert verified["digest"] == clean["state_digest"]
     steps = ask("job", "steps", clean["job"], "--dir", clean["dir"])["steps"]
     assert sorted((s["rank"], s["step"]) for s in steps) == [(r, s) for r in (0, 1) for s in range(1, 21)]
+    assert clean["lost_coverage"] == []
+    assert all((s["failed_checks"], s["unjudged"]) == (0, 0) < (s["checks"], 0) for s in steps)
 
 
 def test_corruption_and_a_kill_leave_no_trace_in_the_bits(run: Start, clean: Document) -> None:

@@ -22,9 +22,14 @@ def summary(amax: float = 3.0) -> Fp8Summary:
 
 
 def record(
-    step: int, digest: str = "", loss: float = 1.0, attempts: int = 1, fp8: tuple[Fp8Summary, ...] = ()
+    step: int,
+    digest: str = "",
+    loss: float = 1.0,
+    attempts: int = 1,
+    fp8: tuple[Fp8Summary, ...] = (),
+    lost: tuple[int, int, str] = (0, 0, ""),
 ) -> StepRecord:
-    """One rank's record of a step that took 0.1 s and ended at `step` seconds."""
+    """One rank's record of a step that took 0.1 s and ended at `step` seconds; `lost` has its counts and a reason."""
     return StepRecord(
         step=step,
         time=float(step),
@@ -41,6 +46,9 @@ def record(
         tokens=100,
         expert_load=(1, 2),
         fp8=fp8,
+        failed_checks=lost[0],
+        unjudged=lost[1],
+        lost_because=(lost[2],) if lost[2] else (),
     )
 
 

@@ -64,6 +64,9 @@ function drawJob() {
     ["Incidents", (state.incidents || []).length],
   ]);
   byId("why").textContent = job.reason || "";
+  const lost = (job.lost_coverage || []).map((entry) => made("li", "✗ " + entry.text));
+  byId("lost").replaceChildren(...lost);
+  byId("lost").hidden = !lost.length;
   byId("progress").max = job.steps || 1;
   byId("progress").value = job.committed_steps || 0;
   const marks = (state.incidents || []).map((i) => i.detected_step).filter((s) => s !== null);

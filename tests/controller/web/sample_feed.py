@@ -54,6 +54,7 @@ PICTURE: dict[str, Any] = {
         "placement": [{"generation": 1, "rank": 0, "node": "n0", "device": "cpu-n0", "pid": 5}],
         "spec": {},
         "drills": [],
+        "lost_coverage": [{"rank": 0, "text": f"sensors of cpu-n0 fail: {EVIL}"}],
     },
     "jobs": [],
     "nodes": [

@@ -73,6 +73,7 @@ def test_the_page_fills_itself_and_runs_nothing_that_nodes_said(served: str, tmp
     assert 'class="curve"' in page
     assert "0.136" in page
     assert "1 fault, 3 false alarms, last " in page
+    assert f"<li>✗ sensors of cpu-n0 fail: {html.escape(EVIL, quote=False)}</li>" in page
     assert html.escape(EVIL, quote=False) in page
     assert "<img" not in page
 
