@@ -14,13 +14,15 @@ from agent.training.seals import Garbled, alarm_of
 from diagnostics.health import Alarm
 from diagnostics.sensors.digest import digest
 from diagnostics.sensors.multilinear import MASK
+from diagnostics.sensors.statistics import Statistic
 
 
 @dataclass(frozen=True, slots=True)
 class Computation:
     """What one forward and backward gave. `alarm` is `not (reading <= 1)`; `counts` is int64 [MoE layers, experts];
     `fp8` has a summary for each kind of tensor that was quantised, and is empty in other precisions; `lost` is what the
-    sensors should have seen and did not.
+    sensors should have seen and did not; `unusual` are the scalars that are least like those of the steps before, the
+    most unusual first: evidence, on which nothing is decided.
 
     With a mesh, `clock` counts the exchanges with other ranks before the first alarm, and `crossing` is what the rank's
     tokens sent to other nodes. `deviation` stands for the gradients of a replay that had to stop, because it sent other
@@ -37,6 +39,7 @@ class Computation:
     tokens: int
     fp8: tuple[Summary, ...] = ()
     lost: Lost = COVERED
+    unusual: tuple[Statistic, ...] = ()
     clock: int = 0
     crossing: Comparison | None = None
     deviation: str = ""

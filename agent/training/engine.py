@@ -25,6 +25,7 @@ from agent.training.journal import Deviation, Journal, Wire
 from agent.training.layout import State, StateLayout
 from agent.training.lost import lost
 from agent.training.sampling import window_ids
+from agent.training.scalars import Scalars
 from agent.training.seals import Seals
 from agent.training.shards import ShardLayout
 from agent.training.spec import JobSpec, Mesh
@@ -36,6 +37,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4
 #: Of the optimizer's moments (arXiv 2412.19437, section 3.3.3: bf16 beside FP8); masters and gradients are fp32.
 MOMENTS = {"fp32": torch.float32, "bf16": torch.float32, "fp8": torch.bfloat16}
 
+#: Scalars of a step that go into its evidence if it is held: those least like the steps before. A person reads them.
+UNUSUAL = 5
 _NO_COUNTS = torch.zeros(0, 0, dtype=torch.int64)
 #: Called as (model, step, attempt); the context surrounds forward and backward. Drills enter here.
 Surround = Callable[[nn.Module, int, int], AbstractContextManager[object]]
@@ -93,6 +96,7 @@ class Engine:
         moments = MOMENTS[spec.precision]
         self.layout = StateLayout(self.model, moments) if mesh is None else ShardLayout(self.model, mesh, rank, moments)
         self.guard = self._guarded(spec.tolerance_scale)
+        self._scalars = Scalars(self.model)
         self._tallies = tuple(
             (name, tally)
             for name, module in self.model.named_modules()
@@ -152,7 +156,10 @@ class Engine:
             gradients.mul_(1 / self._loss_scale)
         loss = math.nan if result is None else float(result.main)
         if not deviation:
-            sense.observe("loss", loss)
+            # A replay is none of the run's steps.
+            sense.observe("loss", loss, remember=attempt > 0)
+        if attempt and result is not None and self.spec.sensors:
+            self._scalars.observe(sense, result.counts)
         computation = Computation(
             loss=loss,
             reading=sense.worst,
@@ -162,6 +169,7 @@ class Engine:
             counts=_NO_COUNTS if result is None else result.counts,
             tokens=batch.tokens.shape[0] * self.preset.seq_len,
             fp8=summarise(self._tallies),
+            unusual=tuple(sense.unusual(UNUSUAL)),
             lost=lost(sense.failures, sense.skipped),
             clock=self._clock(sense),
             crossing=None if result is None else result.crossing,

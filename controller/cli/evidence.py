@@ -14,6 +14,8 @@ FOLDER = "evidence"
 DEFAULTS = {"days": 30.0, "keep": 32, "total_bytes": 1 << 30, "bundle_bytes": 256 << 20}
 #: Imports torch and computes one step as often as asked; a minute covers `small` on a crowded machine.
 REPLAY_S = 600.0
+#: Bytes of a bundle's document that are read: one of 10,000 exchanges with other ranks has half as many.
+DOCUMENT_BYTES = 4 << 20
 _ERRORS: dict[int, type[CommandError]] = {USAGE: UsageError, CONDITION: ConditionError}
 _NAME = re.compile(r"step-\d{8}-rank-\d{1,9}-generation-\d{1,9}-attempt-\d{1,9}")
 _WHOLE = re.compile(r"[1-9][0-9]{0,8}")
@@ -75,6 +77,31 @@ def bundle_of(directory: Path, incident: dict[str, Any], attempt: int | None) ->
     if not path.is_dir():
         raise ConditionError(f"{path} is gone: {removal(folder, path.name) or 'nobody noted why'}")
     return path
+
+
+def beside(directory: Path, incident: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each bundle that is there says of its step's scalars: `bundle`, and `statistics`, the most unusual first.
+
+    Each has `name`, `value`, `median` of the steps before and `z`, any of which may be NaN or infinite. After too few
+    steps there are none; a bundle of an older version, and one that cannot be read, is left out.
+    """
+    folder = directory / FOLDER / str(incident["job"])
+    found = []
+    for name in incident.get("evidence", []):
+        if _NAME.fullmatch(name) and (told := _told(folder / name / "evidence.json")) is not None:
+            found.append({"bundle": name, "statistics": told})
+    return found
+
+
+def _told(path: Path) -> list[dict[str, Any]] | None:
+    try:
+        with path.open("rb") as file:
+            statistics = json.loads(file.read(DOCUMENT_BYTES))["beside"]
+        return [
+            {"name": str(one["name"]), **{k: float(one[k]) for k in ("value", "median", "z")}} for one in statistics
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def removal(folder: Path, name: str) -> str:

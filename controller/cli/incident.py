@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from controller.cli.errors import FAILED
-from controller.cli.evidence import FOLDER, bundle_of, removal, rerun
+from controller.cli.evidence import FOLDER, beside, bundle_of, removal, rerun
 from controller.cli.output import output_option, print_facts, print_json, print_table, seconds, short
 from controller.cli.reading import read
 from controller.cli.rundir import dir_option
@@ -41,11 +41,16 @@ def list_(job: str, directory: Path, form: str) -> None:
 def show(incident: str, directory: Path, form: str) -> None:
     """Show INCIDENT: votes, actions with their reasons, and the timeline."""
     document = read(directory, "incident", incident)
+    document["beside"] = beside(directory, document)
     if form == "json":
         print_json(document)
         return
     print_facts(
-        [*zip(COLUMNS, next(iter(rows([document]))), strict=True), ("evidence", _evidence(document, directory))]
+        [
+            *zip(COLUMNS, next(iter(rows([document]))), strict=True),
+            ("evidence", _evidence(document, directory)),
+            *_beside(document["beside"]),
+        ]
     )
     votes = [(v["node"], v["device"], v.get("role"), short(v["digest"])) for v in document["votes"]]
     print_table("votes", ("node", "device", "role", "digest"), votes)
@@ -111,6 +116,15 @@ def _evidence(incident: dict[str, Any], directory: Path) -> str | None:
         for name in incident.get("evidence", [])
     ]
     return ", ".join(told) or None
+
+
+def _beside(bundles: list[dict[str, Any]]) -> Iterable[tuple[str, str]]:
+    """A line for each scalar; which attempt's it is, where there are several."""
+    for bundle in bundles:
+        attempt = f"attempt {bundle['bundle'].rpartition('-')[2]}: " if len(bundles) > 1 else ""
+        for one in bundle["statistics"]:
+            told = f"{one['name']} was {one['value']:.4g}, in the steps before {one['median']:.4g}, z {one['z']:.1f}"
+            yield "beside it", attempt + told
 
 
 def rows(incidents: Iterable[dict[str, Any]]) -> Iterable[Sequence[object]]:

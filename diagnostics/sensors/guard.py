@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,7 +25,7 @@ from diagnostics.sensors.readings import ReadingLog, Site
 from diagnostics.sensors.rows import PER_DIFFERENCE
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.saved import Saved
-from diagnostics.sensors.statistics import History, Statistic
+from diagnostics.sensors.statistics import Comparison, Histories, Statistic
 from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
 from diagnostics.sensors.upkeep import Upkeep
 from diagnostics.sensors.watch import CompiledEyes, Eyes, Keeper, has_compiled
@@ -82,7 +84,7 @@ class Guard:
         self.upkeep = Upkeep(model, optimizer, self.sampler) if optimizer is not None and enabled else None
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.log = ReadingLog(self.device)
-        self.histories: dict[str, History] = {}
+        self.histories = Histories()
         self.current: GuardedStep | None = None
         self.account = Coverage()
         self._failures = 0  # of the checks of all steps but the current one
@@ -155,8 +157,8 @@ class GuardedStep:
         self._modes = ExitStack()
         self._eyes: Eyes | None = None
         self._begun = 0.0
-        self._scalars: dict[str, Tensor] = {}
-        self._settled: tuple[float, list[Alarm], list[Statistic], int] | None = None
+        self._scalars: list[tuple[Sequence[str], Tensor | Sequence[float]]] = []
+        self._settled: tuple[float, list[Alarm], Comparison, int] | None = None
         self._inspection = Inspection(
             key,
             guard.places,
@@ -256,7 +258,11 @@ class GuardedStep:
     @property
     def evidence(self) -> list[Statistic]:
         """What was observed, with its robust z: beside an alarm it is evidence, alone it is nothing."""
-        return self.settle()[2]
+        return self.settle()[2].all()
+
+    def unusual(self, count: int) -> list[Statistic]:
+        """The `count` scalars of `evidence` that are least like the steps before."""
+        return self.settle()[2].largest(count)
 
     @property
     def first_alarm(self) -> int | None:
@@ -269,11 +275,16 @@ class GuardedStep:
         """How many checks were made."""
         return self._settled[3] if self._settled is not None else len(self._guard.log)
 
-    def observe(self, name: str, value: Tensor | float) -> None:
+    def observe(self, name: str, value: Tensor | float, remember: bool = True) -> None:
         """Remember a scalar (loss, gradient norm) for the statistics; alarm if it is not finite."""
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self._guard.device).detach()
-        self._scalars[name] = tensor
+        if remember:
+            self._scalars.append(((name,), tensor.reshape(1)))
         self.check_finite(name, tensor)
+
+    def observe_all(self, names: Sequence[str], values: Tensor | Sequence[float]) -> None:
+        """Remember scalars [names] for the statistics alone: whatever they are, nothing alarms. No host sync."""
+        self._scalars.append((names, values))
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Alarm if any element is not finite. One pass over the tensor, no host sync."""
@@ -302,7 +313,7 @@ class GuardedStep:
         with quiet():
             self._inspection.tried(KEPT, read)
 
-    def settle(self) -> tuple[float, list[Alarm], list[Statistic], int]:
+    def settle(self) -> tuple[float, list[Alarm], Comparison, int]:
         """Read the device and keep what was seen; later readings of this step are ignored."""
         if self._settled is None:
             log = self._guard.log
@@ -313,14 +324,14 @@ class GuardedStep:
             self._settled = (worst, alarms, self._statistics(), len(log))
         return self._settled
 
-    def _statistics(self) -> list[Statistic]:
-        found = []
-        for name, tensor in self._scalars.items():
-            value = float(tensor)
-            history = self._guard.histories.setdefault(name, History())
-            found.append(Statistic(name, value, history.z(self._key, value)))
-            history.add(self._key, value)
-        return found
+    def _statistics(self) -> Comparison:
+        """All scalars that lie on the device come over in one tensor."""
+        there = [value.detach().float() for _, value in self._scalars if isinstance(value, Tensor)]
+        over = iter(torch.cat(there).tolist() if there else ())
+        found: dict[str, float] = {}
+        for names, value in self._scalars:
+            found.update(zip(names, islice(over, len(names)) if isinstance(value, Tensor) else value, strict=True))
+        return self._guard.histories.add(self._key, tuple(found), np.fromiter(found.values(), np.float64, len(found)))
 
 
 def _is_compiled(module: nn.Module) -> bool:

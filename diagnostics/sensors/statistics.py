@@ -1,54 +1,138 @@
-"""Robust statistics of a step's scalars (loss, gradient norms): evidence beside an alarm, never proof by itself."""
+"""Robust statistics of a step's scalars against the steps before: evidence beside an alarm, never proof by itself.
+
+Identity: none. A scalar of one step (loss, the norm of a tensor's gradient, an expert load's entropy, FP8's amax and
+shares) is compared with the same scalar's values in up to WINDOW other steps: z = (value - median) / spread, the spread
+being MAD / 0.6745, as wide as a Gaussian's standard deviation. Where more than half of the values are the same, MAD is
+0, and the mean absolute deviation times 1.2533 takes its place; where all are, any other value has an infinite z.
+
+Tolerance: none either. These are no Gaussians: a clean run sees |z| above 10 now and then, since data differ and
+training moves. So no z alarms, holds a step or accuses anybody; what is not finite alarms by another check.
+
+Sees: a step that is unlike its neighbours, whatever made it so, and in which tensor. Does not see: what changes little
+(one flipped bit seldom moves a norm); what is wrong in every step, or drifts; any of the first FEWEST steps. The
+history lives with its guard: a restarted rank begins a new one; a step redone, after an alarm or a roll-back, replaces
+its values.
+
+Cost: one pass over what the scalar is made of, one transfer of all scalars of a step, and two sorts of at most WINDOW
+numbers for each scalar. Memory: 8 WINDOW bytes for each name that was ever observed.
+"""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 # 64 steps: long enough for a stable median, short enough to follow a falling loss.
 WINDOW = 64
 # Fewer values than this have no meaningful spread.
 FEWEST = 8
-# The median absolute deviation of a Gaussian is 0.6745 standard deviations.
+# The median absolute deviation of a Gaussian is 0.6745 standard deviations, the mean one 1 / 1.2533.
 MAD_TO_SIGMA = 0.6745
+MEAN_TO_SIGMA = 1.2533
+
+Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """One scalar of one step: its value and its robust z against the steps before (NaN: too few, or not finite)."""
+    """One scalar of one step, the median of the steps before and its robust z against them.
+
+    Both are NaN after too few steps; z is where the value is not finite.
+    """
 
     name: str
     value: float
+    median: float
     z: float
 
 
-class History:
-    """The last WINDOW finite values of one scalar, one per key: a step redone replaces its value.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A step's scalars against those of the steps before: float64 [names] each."""
 
-    Invariant: at most WINDOW values, all finite.
+    names: tuple[str, ...]
+    values: Values
+    medians: Values
+    z: Values
+
+    def all(self) -> list[Statistic]:
+        """Every scalar, as they were observed."""
+        return [self._statistic(i) for i in range(len(self.names))]
+
+    def largest(self, count: int) -> list[Statistic]:
+        """The `count` most unusual: what is not finite first, then by |z|; what had no history is left out."""
+        finite = np.isfinite(self.values)
+        known = np.flatnonzero(~np.isnan(self.z) | ~finite)
+        away = np.abs(self.values - self.medians)
+        order = np.lexsort((-away[known], -np.abs(self.z[known]), finite[known]))
+        return [self._statistic(int(i)) for i in known[order[:count]]]
+
+    def _statistic(self, i: int) -> Statistic:
+        return Statistic(self.names[i], float(self.values[i]), float(self.medians[i]), float(self.z[i]))
+
+
+class Histories:
+    """The last WINDOW steps' values of each name, by the step's key: a step redone replaces its values.
+
+    Invariants: at most WINDOW rows, all finite but for NaN where a step had no finite value; `_rows` is
+    [names, WINDOW], so that a name's values lie side by side.
     """
 
     def __init__(self) -> None:
-        self._values: OrderedDict[int, float] = OrderedDict()
+        self._columns: dict[str, int] = {}
+        self._rows: Values = np.empty((0, WINDOW))
+        self._slots: OrderedDict[int, int] = OrderedDict()  # from the key to its place in a row, the oldest first
 
-    def z(self, key: int, value: float) -> float:
-        """(value - median) / (MAD / 0.6745) over the other keys' values; NaN with fewer than FEWEST of them."""
-        others = [v for k, v in self._values.items() if k != key]
-        if len(others) < FEWEST or not math.isfinite(value):
-            return math.nan
-        middle = statistics.median(others)
-        spread = statistics.median(abs(v - middle) for v in others) / MAD_TO_SIGMA
-        if spread == 0:
-            return 0.0 if value == middle else math.copysign(math.inf, value - middle)
-        return (value - middle) / spread
+    def add(self, key: int, names: Sequence[str], values: Values) -> Comparison:
+        """Compare a step's values (float64 [names]) with those of other steps, then remember those that are finite."""
+        place = self._place(key)
+        for name in names:
+            self._columns.setdefault(name, len(self._columns))
+        if len(self._columns) > len(self._rows):
+            more = np.full((len(self._columns) - len(self._rows), WINDOW), math.nan)
+            self._rows = np.concatenate([self._rows, more])
+        columns = [self._columns[name] for name in names]
+        self._rows[:, place] = math.nan
+        found = _compared(tuple(names), values, self._rows[columns])
+        self._rows[columns, place] = np.where(np.isfinite(values), values, math.nan)
+        return found
 
-    def add(self, key: int, value: float) -> None:
-        """Remember the value under its key; one that is not finite is not remembered."""
-        self._values.pop(key, None)
-        if not math.isfinite(value):
-            return
-        self._values[key] = value
-        while len(self._values) > WINDOW:
-            self._values.popitem(last=False)
+    def _place(self, key: int) -> int:
+        """Where the step's values go: where they are already, a free place, or that of the oldest step."""
+        place = self._slots.pop(key, None)
+        if place is None and len(self._slots) == WINDOW:
+            place = self._slots.popitem(last=False)[1]
+        if place is None:
+            place = len(self._slots)
+        self._slots[key] = place
+        return place
+
+
+def _compared(names: tuple[str, ...], values: Values, others: Values) -> Comparison:
+    """`values` [names] against the steps of `others` [names, WINDOW], NaN where there is none."""
+    counts = (~np.isnan(others)).sum(1)
+    with np.errstate(all="ignore"):  # 0 / 0 is NaN, which is what it should be
+        medians = _medians(others, counts)
+        away = np.abs(others - medians[:, None])
+        spread = _medians(away, counts) / MAD_TO_SIGMA
+        spread = np.where(spread > 0, spread, np.nansum(away, axis=1) / counts * MEAN_TO_SIGMA)
+        z = (values - medians) / spread
+    z = np.where(values == medians, 0.0, z)  # 0 / 0 where all values ever were the same
+    few = counts < FEWEST
+    return Comparison(
+        names, values, np.where(few, math.nan, medians), np.where(few | ~np.isfinite(values), math.nan, z)
+    )
+
+
+def _medians(rows: Values, counts: NDArray[np.int64]) -> Values:
+    """Of the first `counts` numbers of each row once they are sorted, NaN last; NaN where there are none."""
+    ordered = np.sort(rows, axis=1)
+    at = np.arange(len(rows))
+    low, high = np.maximum(counts - 1, 0) // 2, counts // 2
+    middle: Values = (ordered[at, low] + ordered[at, np.minimum(high, rows.shape[1] - 1)]) / 2
+    return middle

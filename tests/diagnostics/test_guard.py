@@ -264,6 +264,31 @@ def test_statistics_are_evidence_never_alarms() -> None:
     assert abs(redo.evidence[0].z) < 2
 
 
+def test_whatever_is_observed_for_the_statistics_alone_raises_no_alarm() -> None:
+    """And what `observe` is given does, where it is not finite: the control."""
+    guard = Guard(Sample())
+    for key in range(20):
+        with guard.step(key) as step:
+            step.observe("loss", 3.0 + 0.01 * (key % 5))
+            step.observe_all(("a", "b"), torch.tensor([1.0, 2.0 + 0.01 * (key % 3)]))
+            step.observe_all(["c"], [4.0])
+        assert (step.clean, step.checks) == (True, 1)
+    flat = torch.ones(3)
+    with guard.step(20) as step:
+        guard.check_finite("gradients", flat)
+        step.observe_all(("a", "b"), torch.tensor([math.nan, 1e30]))
+        step.observe_all(["c"], [math.inf])
+    assert (step.clean, step.checks) == (True, 1)
+    assert [statistic.name for statistic in step.unusual(3)][2] == "b"
+    assert step.unusual(3)[2].z > 1e6
+    with guard.step(21) as step:
+        step.observe("loss", math.inf)
+    assert not step.clean
+    with guard.step(22) as replay:
+        replay.observe("loss", 3.0, remember=False)
+    assert (replay.clean, replay.evidence) == (True, [])
+
+
 def products(w: nn.Parameter, x: torch.Tensor, kind: str) -> torch.Tensor:
     made: dict[str, Callable[[], torch.Tensor]] = {
         "mm": lambda: torch.mm(x, w.t()),

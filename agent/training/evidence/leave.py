@@ -61,6 +61,7 @@ def leave(
         **_coordinates(engine, at, here),
         **_computed_from(engine, held, batch),
         "alarms": [_finite(alarm_body(alarm)) for alarm in held.computation.alarms],
+        "beside": [_finite(asdict(statistic)) for statistic in held.computation.unusual],
         "votes": [vote_body(vote) for vote in votes],
         "ruling": {**asdict(ruling), "verdict": ruling.verdict.value if ruling.verdict else ""},
         "exchanges": [_described(passage) for passage in record],
@@ -146,10 +147,9 @@ def _computed_from(engine: Engine, held: Held, batch: Batch) -> dict[str, Any]:
     }
 
 
-def _finite(alarm: dict[str, Any]) -> dict[str, Any]:
-    """An alarm in JSON's types: a reading that is no number is its name."""
-    reading = float(alarm["reading"])
-    return {**alarm, "reading": reading if math.isfinite(reading) else str(reading)}
+def _finite(body: dict[str, Any]) -> dict[str, Any]:
+    """An alarm or a statistic in JSON's types: a float that is no number is its name."""
+    return {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in body.items()}
 
 
 def _described(passage: Passage) -> dict[str, Any]:

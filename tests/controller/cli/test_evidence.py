@@ -161,6 +161,46 @@ def test_what_the_tool_refuses_is_one_line_and_its_code(known: Path, monkeypatch
     assert capsys.readouterr().err == "assay: the bundle holds no weights\n"
 
 
+BESIDE = [
+    {"name": "gradient norm of layers.1.ffn.up\x1b[2J", "value": 812.5, "median": 1.25, "z": "inf"},
+    {"name": "loss", "value": 5.5, "median": 5.0, "z": 2.25},
+]
+SHOWN: dict[str, Any] = {
+    **INCIDENT,
+    **dict.fromkeys(
+        ("kind", "detected_step", "injected_step", "verdict", "node", "resumed_from", "detect_s", "recovery_s")
+    ),
+    "votes": [],
+    "actions": [],
+}
+
+
+def test_an_incident_is_shown_with_what_was_unusual_beside_it(known: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Of the second attempt's bundle nothing can be read, and it says nothing."""
+    monkeypatch.setattr(incident, "read", lambda *_: dict(SHOWN))
+    folder = known / "evidence" / "job-1"
+    (folder / NAME / "evidence.json").write_text(json.dumps({"beside": BESIDE}))
+    arguments = ["incident", "show", "inc-0001", "--dir", str(known)]
+    assert call(arguments) == 0
+    lines = [line.split(None, 2) for line in capsys.readouterr().out.splitlines() if line.startswith("beside it")]
+    assert [line[2].rstrip() for line in lines] == [
+        r"gradient norm of layers.1.ffn.up\x1b[2J was 812.5, in the steps before 1.25, z inf",
+        "loss was 5.5, in the steps before 5, z 2.2",
+    ]
+    assert call([*arguments, "-o", "json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["beside"]
+    assert (told["bundle"], told["statistics"][1]) == (NAME, BESIDE[1])
+    assert told["statistics"][0]["z"] is None  # JSON has no word for it
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"beside": [1]}', '{"beside": [{"name": "loss"}]}'])
+def test_of_what_is_no_bundle_nothing_is_shown(known: Path, monkeypatch: Any, capsys: Any, text: str) -> None:
+    monkeypatch.setattr(incident, "read", lambda *_: dict(SHOWN))
+    (known / "evidence" / "job-1" / NAME / "evidence.json").write_text(text)
+    assert call(["incident", "show", "inc-0001", "--dir", str(known)]) == 0
+    assert "beside it" not in capsys.readouterr().out
+
+
 def test_an_empty_folder_is_refused_by_the_tool_itself(known: Path, capsys: Any) -> None:
     """The real process: no part of it is replaced."""
     assert call(["incident", "replay", "inc-0001", "--dir", str(known)]) == 1
