@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agent.model import PRESETS, V3
-from agent.model.fp8 import summarise
+from agent.model.fp8 import read, summarise
 from agent.model.linear import Linear
 from agent.model.parallel import Echo, ExpertParallel
 from agent.model.presets import Preset
@@ -158,8 +158,9 @@ class Engine:
         if not deviation:
             # A replay is none of the run's steps.
             sense.observe("loss", loss, remember=attempt > 0)
+        quantised = read(self._tallies)
         if attempt and result is not None and self.spec.sensors:
-            self._scalars.observe(sense, result.counts)
+            self._scalars.observe(sense, result.counts, quantised)
         computation = Computation(
             loss=loss,
             reading=sense.worst,
@@ -168,7 +169,7 @@ class Engine:
             checks=sense.checks,
             counts=_NO_COUNTS if result is None else result.counts,
             tokens=batch.tokens.shape[0] * self.preset.seq_len,
-            fp8=summarise(self._tallies),
+            fp8=summarise(quantised),
             unusual=tuple(sense.unusual(UNUSUAL)),
             lost=lost(sense.failures, sense.skipped),
             clock=self._clock(sense),

@@ -1,12 +1,17 @@
-"""What a rank's step is compared by with the steps before it: loss, each tensor's gradient norm, expert loads."""
+"""What a rank's step is compared by with the steps before it: loss, gradient norms, expert loads, FP8."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from agent.model import V3
+from agent.model.fp8 import Found
 from diagnostics.sensors.guard import GuardedStep
+
+#: The least spread of a share: in most steps nothing of most tensors saturates or vanishes, and then a few in 10,000.
+SHARE = 1e-3
 
 
 class Scalars:
@@ -18,12 +23,21 @@ class Scalars:
         at = {id(module): name for name, module in model.named_modules()}
         self._entropies = tuple(f"expert-load entropy of {at[id(router)]}" for router in model.routers())
 
-    def observe(self, step: GuardedStep, counts: Tensor) -> None:
-        """After the backward: this rank's own gradients, before any sum. `counts` is int64 [MoE layers, experts]."""
+    def observe(self, step: GuardedStep, counts: Tensor, quantised: Sequence[Found] = ()) -> None:
+        """After the backward: this rank's own gradients, before any sum. `counts` is int64 [MoE layers, experts].
+
+        `quantised` has been read for the step's record already.
+        """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         step.observe_all(self._norms, torch.stack(torch._foreach_norm(gradients)))
         if self._entropies:
             step.observe_all(self._entropies, load_entropy(counts))
+        for what, values, least in (
+            ("amax", [one.amax for one in quantised], 0.0),
+            ("saturated share", [one.saturation for one in quantised], SHARE),
+            ("underflowed share", [one.underflow for one in quantised], SHARE),
+        ):
+            step.observe_all([f"{what} of {one.module}'s {one.tensor}" for one in quantised], values, least)
 
 
 def load_entropy(counts: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class GuardedStep:
         self._modes = ExitStack()
         self._eyes: Eyes | None = None
         self._begun = 0.0
-        self._scalars: list[tuple[Sequence[str], Tensor | Sequence[float]]] = []
+        self._scalars: list[tuple[Sequence[str], Tensor | Sequence[float], float]] = []
         self._settled: tuple[float, list[Alarm], Comparison, int] | None = None
         self._inspection = Inspection(
             key,
@@ -279,12 +279,15 @@ class GuardedStep:
         """Remember a scalar (loss, gradient norm) for the statistics; alarm if it is not finite."""
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self._guard.device).detach()
         if remember:
-            self._scalars.append(((name,), tensor.reshape(1)))
+            self._scalars.append(((name,), tensor.reshape(1), 0.0))
         self.check_finite(name, tensor)
 
-    def observe_all(self, names: Sequence[str], values: Tensor | Sequence[float]) -> None:
-        """Remember scalars [names] for the statistics alone: whatever they are, nothing alarms. No host sync."""
-        self._scalars.append((names, values))
+    def observe_all(self, names: Sequence[str], values: Tensor | Sequence[float], least: float = 0.0) -> None:
+        """Remember scalars [names] for the statistics alone: whatever they are, nothing alarms. No host sync.
+
+        `least` is the smallest spread that they are measured by: what changes by less is not unusual.
+        """
+        self._scalars.append((names, values, least))
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Alarm if any element is not finite. One pass over the tensor, no host sync."""
@@ -326,12 +329,16 @@ class GuardedStep:
 
     def _statistics(self) -> Comparison:
         """All scalars that lie on the device come over in one tensor."""
-        there = [value.detach().float() for _, value in self._scalars if isinstance(value, Tensor)]
+        there = [
+            value.detach().float().to(self._guard.device) for _, value, _ in self._scalars if isinstance(value, Tensor)
+        ]
         over = iter(torch.cat(there).tolist() if there else ())
-        found: dict[str, float] = {}
-        for names, value in self._scalars:
-            found.update(zip(names, islice(over, len(names)) if isinstance(value, Tensor) else value, strict=True))
-        return self._guard.histories.add(self._key, tuple(found), np.fromiter(found.values(), np.float64, len(found)))
+        found: dict[str, tuple[float, float]] = {}
+        for names, value, least in self._scalars:
+            values = islice(over, len(names)) if isinstance(value, Tensor) else value
+            found.update((name, (one, least)) for name, one in zip(names, values, strict=True))
+        table = np.array([*found.values()]).reshape(-1, 2)
+        return self._guard.histories.add(self._key, tuple(found), table[:, 0], table[:, 1])
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 Identity: none. A scalar of one step (loss, the norm of a tensor's gradient, an expert load's entropy, FP8's amax and
 shares) is compared with the same scalar's values in up to WINDOW other steps: z = (value - median) / spread, the spread
 being MAD / 0.6745, as wide as a Gaussian's standard deviation. Where more than half of the values are the same, MAD is
-0, and the mean absolute deviation times 1.2533 takes its place; where all are, any other value has an infinite z.
+0, and the mean absolute deviation times 1.2533 takes its place; where all are, any other value has an infinite z. What
+is a share has a least spread, or the first values of 1 in 10,000 after none would be the most unusual of all.
 
 Tolerance: none either. These are no Gaussians: a clean run sees |z| above 10 now and then, since data differ and
 training moves. So no z alarms, holds a step or accuses anybody; what is not finite alarms by another check.
@@ -88,8 +89,11 @@ class Histories:
         self._rows: Values = np.empty((0, WINDOW))
         self._slots: OrderedDict[int, int] = OrderedDict()  # from the key to its place in a row, the oldest first
 
-    def add(self, key: int, names: Sequence[str], values: Values) -> Comparison:
-        """Compare a step's values (float64 [names]) with those of other steps, then remember those that are finite."""
+    def add(self, key: int, names: Sequence[str], values: Values, least: Values | float = 0.0) -> Comparison:
+        """Compare a step's values (float64 [names]) with those of other steps, then remember those that are finite.
+
+        `least` (one number, or float64 [names]) is the smallest spread that a value is measured by.
+        """
         place = self._place(key)
         for name in names:
             self._columns.setdefault(name, len(self._columns))
@@ -98,7 +102,7 @@ class Histories:
             self._rows = np.concatenate([self._rows, more])
         columns = [self._columns[name] for name in names]
         self._rows[:, place] = math.nan
-        found = _compared(tuple(names), values, self._rows[columns])
+        found = _compared(tuple(names), values, self._rows[columns], least)
         self._rows[columns, place] = np.where(np.isfinite(values), values, math.nan)
         return found
 
@@ -113,7 +117,7 @@ class Histories:
         return place
 
 
-def _compared(names: tuple[str, ...], values: Values, others: Values) -> Comparison:
+def _compared(names: tuple[str, ...], values: Values, others: Values, least: Values | float) -> Comparison:
     """`values` [names] against the steps of `others` [names, WINDOW], NaN where there is none."""
     counts = (~np.isnan(others)).sum(1)
     with np.errstate(all="ignore"):  # 0 / 0 is NaN, which is what it should be
@@ -121,7 +125,7 @@ def _compared(names: tuple[str, ...], values: Values, others: Values) -> Compari
         away = np.abs(others - medians[:, None])
         spread = _medians(away, counts) / MAD_TO_SIGMA
         spread = np.where(spread > 0, spread, np.nansum(away, axis=1) / counts * MEAN_TO_SIGMA)
-        z = (values - medians) / spread
+        z = (values - medians) / np.maximum(spread, least)
     z = np.where(values == medians, 0.0, z)  # 0 / 0 where all values ever were the same
     few = counts < FEWEST
     return Comparison(

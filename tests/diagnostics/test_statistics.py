@@ -68,6 +68,9 @@ def test_where_most_values_are_the_same_a_rare_one_is_not_without_measure() -> N
     assert 1 < found["share"].z < 100
     assert found["always"].z == 0.0
     assert told(histories, 99, share=0.0, always=1.5)["always"].z == math.inf
+    with_least = histories.add(99, ("always", "share"), np.array([1.5, 0.5]), np.array([0.1, 0.0])).all()
+    assert with_least[0].z == pytest.approx(5.0)
+    assert with_least[1] == found["share"]
 
 
 def test_the_most_unusual_come_first_and_what_has_no_history_not_at_all() -> None:

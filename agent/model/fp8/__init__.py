@@ -5,18 +5,20 @@ from agent.model.fp8.choose import BackendUnavailable, backend_for
 from agent.model.fp8.emulation import Emulation
 from agent.model.fp8.product import Fp8, activation_dtype
 from agent.model.fp8.recipe import Backend, Recipe
-from agent.model.fp8.tally import Summary, Tally, summarise
+from agent.model.fp8.tally import Found, Summary, Tally, read, summarise
 
 __all__ = [
     "Backend",
     "BackendUnavailable",
     "Blocks",
     "Emulation",
+    "Found",
     "Fp8",
     "Recipe",
     "Summary",
     "Tally",
     "activation_dtype",
     "backend_for",
+    "read",
     "summarise",
 ]

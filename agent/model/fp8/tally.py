@@ -54,37 +54,44 @@ class Tally:
         self.size = 0
 
 
-class _Found(NamedTuple):
-    """One tally's statistics."""
+class Found(NamedTuple):
+    """One tally's statistics over a step: of one kind of tensor of one module. As in Summary."""
 
     module: str
+    tensor: str
+    pass_: str
     amax: float
     saturation: float
     underflow: float
 
 
-def summarise(tallies: Iterable[tuple[str, Tally]]) -> tuple[Summary, ...]:
-    """The worst of each kind over (module, tally) pairs, in the order in which the kinds appear.
+def read(tallies: Iterable[tuple[str, Tally]]) -> list[Found]:
+    """The statistics of each of (module, tally) pairs that quantised anything.
 
-    Waits for the device, once: everything comes over in one tensor. NaN counts as the worst.
+    Waits for the device, once: everything comes over in one tensor.
     """
     filled = [(module, tally) for module, tally in tallies if tally.rows]
     if not filled:
-        return ()
+        return []
     values = iter(torch.stack([row for _, tally in filled for row in tally.rows]).tolist())
-    kinds: dict[tuple[str, str], list[_Found]] = {}
-    for module, tally in filled:
-        rows = list(islice(values, len(tally.rows)))
-        kinds.setdefault((tally.tensor, tally.pass_), []).append(_found(module, rows, tally.size))
-    return tuple(_worst(tensor, pass_, found) for (tensor, pass_), found in kinds.items())
+    return [_found(module, tally, list(islice(values, len(tally.rows)))) for module, tally in filled]
 
 
-def _found(module: str, rows: list[list[float]], size: int) -> _Found:
+def summarise(found: Iterable[Found]) -> tuple[Summary, ...]:
+    """The worst of each kind, in the order in which the kinds appear. NaN counts as the worst."""
+    kinds: dict[tuple[str, str], list[Found]] = {}
+    for one in found:
+        kinds.setdefault((one.tensor, one.pass_), []).append(one)
+    return tuple(_worst(tensor, pass_, ones) for (tensor, pass_), ones in kinds.items())
+
+
+def _found(module: str, tally: Tally, rows: list[list[float]]) -> Found:
     saturated, vanished, filled = (sum(row[i] for row in rows) for i in (1, 2, 3))
-    return _Found(module, max((row[0] for row in rows), key=_rank), saturated / size, vanished / max(filled, 1.0))
+    amax = max((row[0] for row in rows), key=_rank)
+    return Found(module, tally.tensor, tally.pass_, amax, saturated / tally.size, vanished / max(filled, 1.0))
 
 
-def _worst(tensor: str, pass_: str, found: list[_Found]) -> Summary:
+def _worst(tensor: str, pass_: str, found: list[Found]) -> Summary:
     amax = max(found, key=lambda entry: _rank(entry.amax))
     saturation = max(found, key=lambda entry: entry.saturation)
     underflow = max(found, key=lambda entry: entry.underflow)

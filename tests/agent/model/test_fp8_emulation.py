@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from agent.model.fp8 import Emulation, Recipe, Tally, summarise
+from agent.model.fp8 import Emulation, Recipe, Tally, read, summarise
 from agent.model.fp8.emulation import quantised
 
 BOTH = (Recipe(), Recipe(power_of_two=False))
@@ -109,10 +109,10 @@ def test_the_tally_counts_what_happened() -> None:
     x[1, 0] = 3.0
     tally = Tally("activation", "fprop")
     Emulation().along_rows(x, tally)
-    (found,) = summarise([("here", tally)])
+    (found,) = summarise(read([("here", tally)]))
     assert (found.amax, found.saturation, found.underflow) == (448.0, 2 / 256, 1 / 5)
     tally.clear()
-    assert summarise([("here", tally)]) == ()
+    assert summarise(read([("here", tally)])) == ()
 
 
 def test_shapes_without_elements() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agent.model import PRESETS, V3
-from agent.model.fp8 import Emulation, Fp8, Recipe, Summary, summarise
+from agent.model.fp8 import Emulation, Fp8, Recipe, Summary, read, summarise
 from agent.model.fp8.emulation import quantised
 from agent.model.linear import Linear
 from diagnostics.faults.inject import Injector
@@ -106,7 +106,7 @@ def test_the_model_trains_and_says_what_was_quantised() -> None:
     wide = V3(PRESETS["tiny"].config).loss(tokens)
     assert float(result.main) == pytest.approx(float(wide.main), rel=2e-3)
     assert float(result.main) != float(wide.main)
-    summaries = summarise(tallies(model))
+    summaries = summarise(read(tallies(model)))
     assert [(s.tensor, s.pass_) for s in summaries] == [
         ("activation", "fprop"),
         ("weight", "fprop"),
@@ -131,7 +131,7 @@ def test_a_summary_takes_not_a_number_for_the_worst() -> None:
     one, other = Fp8(), Fp8()
     one.activation.add(torch.tensor([float("nan"), 0.0, 0.0, 1.0]), 4)
     other.activation.add(torch.tensor([9.0, 1.0, 1.0, 4.0]), 4)
-    (found,) = summarise([("a", one.activation), ("b", other.activation)])
+    (found,) = summarise(read([("a", one.activation), ("b", other.activation)]))
     assert isinstance(found, Summary)
     assert (found.amax_module, found.saturation_module, found.saturation) == ("a", "b", 0.25)
     assert (found.underflow_module, found.underflow) == ("b", 0.25)

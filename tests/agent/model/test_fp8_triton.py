@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from agent.model.fp8 import Blocks, Emulation, Recipe, Tally, summarise
+from agent.model.fp8 import Blocks, Emulation, Recipe, Tally, read
 from agent.model.fp8.triton import Triton
 
 BOTH = (Recipe(), Recipe(power_of_two=False))
@@ -50,7 +50,7 @@ def test_the_same_statistics() -> None:
     Emulation().tiles(x, theirs)
     Triton().along_rows(x, ours)
     Emulation().along_rows(x, theirs)
-    assert summarise([("here", ours)]) == summarise([("here", theirs)])
+    assert read([("here", ours)]) == read([("here", theirs)])
 
 
 def operands(backend: Emulation | Triton) -> list[tuple[Blocks, Blocks]]:

@@ -25,8 +25,8 @@ class Outrageous:
     def install(self, _rank: int) -> None:
         real = Histories.add
 
-        def add(self: Histories, key: int, names: Any, values: Any) -> Comparison:
-            real(self, key, names, values)
+        def add(self: Histories, key: int, names: Any, values: Any, least: Any) -> Comparison:
+            real(self, key, names, values, least)
             infinite = np.full(len(names), math.inf)
             return Comparison(tuple(names), np.full(len(names), math.nan), infinite, infinite)
 
@@ -41,15 +41,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scalars")
 
 
-@pytest.fixture(scope="module")
-def engine(home: Path) -> Engine:
+def an_engine(home: Path, **changes: Any) -> Engine:
     (home / "text").write_text("".join(f"line {i} of what is trained on\n" for i in range(900)))
     paths = {"storage": str(home / "checkpoints"), "cache": str(home / "cache"), "corpus": str(home / "text")}
-    made = Engine(JobSpec.from_json(json.dumps({**SPEC, **paths})))
+    made = Engine(JobSpec.from_json(json.dumps({**SPEC, **paths, **changes})))
     state = made.layout.view(memoryview(bytearray(made.layout.nbytes)))
     made.initialise(state)
     made.bind(state)
     return made
+
+
+@pytest.fixture(scope="module")
+def engine(home: Path) -> Engine:
+    return an_engine(home)
 
 
 def test_entropy_is_one_for_an_even_load_and_nothing_for_one_expert() -> None:
@@ -72,6 +76,19 @@ def test_a_step_is_compared_by_its_loss_its_gradients_and_its_expert_loads(engin
     entropies = [found[name] for name in found if name.startswith("expert-load entropy of layers.")]
     assert entropies == pytest.approx(load_entropy(computed.counts).tolist()[: len(entropies)])
     assert computed.unusual == ()  # nothing to compare with yet
+
+
+def test_in_fp8_also_by_what_quantising_did_to_each_tensor(home: Path) -> None:
+    made = an_engine(home, precision="fp8")
+    computed = made.compute(1, 0, 1, made.gradients)
+    assert made.guard.current is not None
+    found = {statistic.name: statistic.value for statistic in made.guard.current.evidence}
+    for summary in computed.fp8:
+        assert found[f"amax of {summary.amax_module}'s {summary.tensor}"] == summary.amax > 0
+        assert found[f"saturated share of {summary.saturation_module}'s {summary.tensor}"] == summary.saturation
+        assert found[f"underflowed share of {summary.underflow_module}'s {summary.tensor}"] == summary.underflow
+    of_activations = [name for name in found if name.startswith("amax of ") and name.endswith("'s activation")]
+    assert len(of_activations) > 50
 
 
 def test_a_replay_leaves_no_trace_in_the_history(engine: Engine) -> None:
