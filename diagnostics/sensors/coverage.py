@@ -40,6 +40,11 @@ class Coverage:
         elif reason:
             self._reasons[key] = reason
 
+    def credit(self, module: str, operation: str, pass_: str) -> None:
+        """A call that was counted as not checked has been checked after all."""
+        key = (module, operation, pass_)
+        self._checked[key] = self._checked.get(key, 0) + 1
+
     def note(self, module: str, operation: str, reason: str) -> None:
         """Something that no call shows: what the guard cannot see at all. Counted once."""
         key = (module, operation, "")
@@ -53,7 +58,8 @@ class Coverage:
 
     def rows(self) -> list[CoverageRow]:
         """The account so far."""
-        return [
-            CoverageRow(*key, self._checked.get(key, 0) / calls if calls else 0.0, self._reasons.get(key, ""), calls)
-            for key, calls in self._calls.items()
-        ]
+        return [self._row(key, calls, self._checked.get(key, 0)) for key, calls in self._calls.items()]
+
+    def _row(self, key: tuple[str, str, str], calls: int, checked: int) -> CoverageRow:
+        reason = "" if calls and checked == calls else self._reasons.get(key, "")
+        return CoverageRow(*key, checked / calls if calls else 0.0, reason, calls)

@@ -227,3 +227,9 @@ BEFORE: dict[OpOverloadPacket, Before] = {
     aten.addmm_: _before_in_place,
     aten.baddbmm_: _before_in_place,
 }
+
+
+def fp32_precision(device: str) -> str:
+    """In what torch computes fp32 products, as `torch.set_float32_matmul_precision` has it: ieee, tf32 or bf16."""
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    return str(backend.matmul.fp32_precision)

@@ -22,6 +22,7 @@ from diagnostics.sensors.outlay import seconds_an_operator
 from diagnostics.sensors.places import Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
+from diagnostics.sensors.regions import follow
 from diagnostics.sensors.rows import PER_DIFFERENCE
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.saved import Saved
@@ -57,6 +58,7 @@ class Guard:
         tolerance_scale: what every shipped tolerance is multiplied by; what is compared bit for bit has none.
         enabled: False makes every step a plain one.
         table: tolerances in place of the shipped ones.
+        fingerprints: whether what activation checkpointing makes again is compared with what the forward made.
 
     Raises:
         ValueError: tolerance_scale or budget is not a positive finite number, or `again` not in 0..1.
@@ -71,11 +73,13 @@ class Guard:
         tolerance_scale: float = 1.0,
         enabled: bool = True,
         table: ToleranceTable | None = None,
+        fingerprints: bool = True,
     ) -> None:
         if not 0 <= again <= 1:
             raise ValueError(f"again is {again}, must be a share in 0..1")
         self.enabled = enabled
         self.again = again
+        self.fingerprints = fingerprints
         self.places = Places(model)
         self.compiled = any(_is_compiled(module) for module in model.modules())
         self.table = table or shipped_table()
@@ -169,6 +173,7 @@ class GuardedStep:
             guard.widening,
             guard.device,
             guard.again,
+            guard.fingerprints,
         )
 
     def __enter__(self) -> GuardedStep:
@@ -179,6 +184,8 @@ class GuardedStep:
             guard.places.begin(self._modes, follow=not guard.compiled)
             kind = CompiledEyes if guard.compiled or has_compiled() else Eyes
             self._eyes = self._modes.enter_context(kind(self._inspection))
+            if guard.fingerprints:
+                follow(self._modes)
             if not guard.compiled:
                 self._modes.enter_context(Keeper(self._eyes))
                 kept = Saved(self._inspection)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.sensors import recompute, saved
+from diagnostics.sensors import fingerprints, recompute, saved
 from diagnostics.sensors.announced import Announced, inside_announced
 from diagnostics.sensors.coverage import Coverage, broken
-from diagnostics.sensors.gemm import KERNEL, row_readings
+from diagnostics.sensors.fingerprints import UNMATCHED, Fingerprints
+from diagnostics.sensors.gemm import KERNEL, fp32_precision, row_readings
 from diagnostics.sensors.gemm import SENSOR as GEMM
 from diagnostics.sensors.kinds import is_in_place
 from diagnostics.sensors.operand import Operand, Operands
@@ -22,6 +23,7 @@ from diagnostics.sensors.operation import Call, Checked, Unsupported
 from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog, Site
+from diagnostics.sensors.regions import inside
 from diagnostics.sensors.registry import Plan, plan_of
 from diagnostics.sensors.rows import PER_DIFFERENCE, differences, rows_of
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
@@ -48,6 +50,7 @@ class Inspection:
         widening: Widening,
         device: torch.device,
         again: float,
+        compare: bool = True,
     ) -> None:
         self.signs = Signs(key, device)
         self.skipped: dict[str, int] = {}  # calls that their check could not judge, by reason
@@ -63,6 +66,8 @@ class Inspection:
         self._widening = widening
         self._operands = Operands()
         self._again = again
+        self._prints = Fingerprints() if compare else None
+        self._covered = False  # whether a check has judged the call that is looked at
         self._calls = 0
         self._over = False
 
@@ -71,14 +76,19 @@ class Inspection:
         self.operators += 1
         plan = plan_of(func)
         if plan is None or inside_announced():
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if self._prints is not None and fingerprints.changes(func):
+                self._fingerprint(None, Call(func, args, kwargs, out))
+            return out
         self._calls += 1
+        self._covered = False
         share = self._again if plan.again else 1.0
         if plan.check is None or not self._sampler.draws(self._key, self._calls, share):
             out = func(*args, **kwargs)
             if plan.writes:
                 self.tried(plan.name, lambda: self._operands.forget(recompute.written_by(func, args, kwargs)))
             self.tried(plan.name, lambda: self._pass_by(plan, args, out))
+            self._fingerprint(plan, Call(func, args, kwargs, out))
             return out
         begin = time.perf_counter()
         before = self.tried(plan.name, lambda: self._before(plan, args, kwargs))
@@ -89,12 +99,15 @@ class Inspection:
             self.tried(plan.name, lambda: self._operands.forget(recompute.written_by(func, args, kwargs)))
         self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self.seconds += time.perf_counter() - looked + ran - begin
+        self._fingerprint(plan, Call(func, args, kwargs, out))
         return out
 
     def announced(self, product: Announced, out: Tensor) -> None:
         """Check one product that was announced, in whichever pass, against the operands that its kernel saw."""
         if out.numel():
             self.tried(product.operation, lambda: self._look_announced(product, out))
+            if self._prints is not None and inside():
+                self._compare(lambda prints: prints.given(out))
 
     def _look_announced(self, product: Announced, out: Tensor) -> None:
         place = Place(self._places.named(product.weight), product.pass_)
@@ -144,11 +157,13 @@ class Inspection:
         """The step is over: let go of its tensors."""
         self._over = True
         self._operands.clear()
+        if self._prints is not None:
+            self._prints.clear()
 
     def kappa(self, kernel: str, like: Tensor) -> Kappa:
         """See `operation.Bench`."""
         if kernel in _MULTIPLIES and like.dtype == torch.float32:
-            precision = _fp32_precision(like.device.type)
+            precision = fp32_precision(like.device.type)
             if precision not in ("none", "ieee"):
                 raise UnknownTolerance(f"no tolerance for fp32 products that torch may make in {precision}")
         return self._table.kappa(like.device.type, str(like.dtype).removeprefix("torch."), kernel)
@@ -206,7 +221,58 @@ class Inspection:
                 self._skip(place, operation, str(reason))
             return False
         self._coverage.count(place.module, operation, place.pass_, True)
+        self._covered = True
         return by_identity
+
+    def _fingerprint(self, plan: Plan | None, call: Call) -> None:
+        """In a checkpointed region, keep what the operator made, or compare it; outside, hear of what it wrote to."""
+        if self._prints is None:
+            return
+        if not inside() or (plan is None and inside_announced()):
+            if fingerprints.changes(call.func):
+                self._compare(lambda prints: prints.changed(call))
+        elif plan is None:
+            self._compare(lambda prints: prints.appeared(call))
+        else:
+            self._compare(lambda prints: self._look_at_region(prints, plan, call))
+
+    def _compare(self, work: Callable[[Fingerprints], None]) -> None:
+        """Once the fingerprints have failed they are out of step with what ran, and of no use until the next step."""
+        begin, prints, self._prints = time.perf_counter(), self._prints, None
+        if prints is not None:
+            with quiet():
+                self.tried(fingerprints.SENSOR, lambda: self._kept_on(prints, work))
+        self.seconds += time.perf_counter() - begin
+
+    def _kept_on(self, prints: Fingerprints, work: Callable[[Fingerprints], None]) -> None:
+        work(prints)
+        self._prints = prints
+
+    def _look_at_region(self, prints: Fingerprints, plan: Plan, call: Call) -> None:
+        """What is run again anyway, every time, needs no fingerprint."""
+        whole = self._sampler.share >= 1
+        twice = plan.again and plan.check is not None and whole and self._again >= 1
+
+        def drawn() -> bool:
+            return not twice and self._sampler.draws(self._key, self._calls)
+
+        place = self._place(plan, call.args)
+        found = prints.look(call, place, self._covered, drawn, whole)
+        if found is None:
+            return
+        record, compared = found
+        if record is None:
+            self.skipped[UNMATCHED] = self.skipped.get(UNMATCHED, 0) + 1
+            return
+        for one in compared:
+            self._keep(
+                record.place, plan.name, Checked(fingerprints.SENSOR, one.result, one.reading, one.shape, exact=True)
+            )
+        if compared and not record.covered:
+            record.covered = True
+            self._coverage.credit(record.place.module, plan.name, record.place.pass_)
+        if compared and not self._covered:
+            self._coverage.credit(place.module, plan.name, place.pass_)
 
     def _keep(self, place: Place, operation: str, one: Checked) -> None:
         what = operation if one.result == "out" else f"{operation}.{one.result}"
@@ -258,9 +324,3 @@ def _unlike(call: Call) -> str | None:
 
 def _made_again(again: Callable[[], Tensor], out: Tensor) -> Iterable[Checked]:
     yield Checked(recompute.SENSOR, "out", differences(rows_of(out), rows_of(again())), tuple(out.shape), exact=True)
-
-
-def _fp32_precision(device: str) -> str:
-    """In what torch computes fp32 products, as `torch.set_float32_matmul_precision` has it: ieee, tf32 or bf16."""
-    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
-    return str(backend.matmul.fp32_precision)

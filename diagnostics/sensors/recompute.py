@@ -130,11 +130,11 @@ def check(call: Call, bench: Bench) -> Iterable[Checked]:
     The call's own arguments stay as they are; `call.before` is what `keeper` kept, for operators that write to one.
     Raises Unsupported when the operator is not a function of its arguments, or they were written over and not kept.
     """
-    results = _results(call.func, call.out, call.args, call.kwargs)
+    results = _made_by(call.func, call.out, call.args, call.kwargs)
     if not results:
         return  # a number that the host already has
     device = results[0].device.type
-    reason = why_not(call.func, device, _dropout(call))
+    reason = why_not(call.func, device, dropout_of(call))
     if reason is not None:
         raise Unsupported(reason)
     if is_in_place(call.func) and call.before is None:
@@ -145,9 +145,9 @@ def check(call: Call, bench: Bench) -> Iterable[Checked]:
         return
     args, kwargs = _with_copies(call.func, *kept)
     returned = call.func(*args, **kwargs)
-    again = _results(call.func, returned, args, kwargs)
-    whole = _RESULTS.get(name_of(call.func), len(results))
-    of_call = len(_tensors(call.out))
+    again = _made_by(call.func, returned, args, kwargs)
+    of_call = len(tensors(call.out))
+    whole = results_of(call.func, of_call)
     for place, (first, second) in enumerate(zip(results, again, strict=True)):
         if first.numel() and not whole <= place < of_call:
             name = "out" if place == 0 else f"out{place}"
@@ -167,15 +167,15 @@ def _with_copies(
     """Copies of what `func` writes to, each where it is given: also as an input, as in `maximum(x, y, out=x)`."""
     if not is_in_place(func):
         return args, kwargs
-    written: dict[int, list[tuple[int, int]]] = {}
+    touched: dict[int, list[tuple[int, int]]] = {}
     for target in written_by(func, args, kwargs):
         memory, extent = _extent(target)
-        written.setdefault(memory, []).append(extent)
+        touched.setdefault(memory, []).append(extent)
 
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
             memory, extent = _extent(value)
-            meets = any(_meet((memory, extent), (memory, other)) for other in written.get(memory, ()))
+            meets = any(_meet((memory, extent), (memory, other)) for other in touched.get(memory, ()))
             return copy_of(value) if meets else value
         return [copied(each) for each in value] if isinstance(value, (list, tuple)) else value
 
@@ -197,9 +197,9 @@ def _meet(one: tuple[int, tuple[int, int]], other: tuple[int, tuple[int, int]]) 
     return memory == theirs and start < last and first < end
 
 
-def _results(func: torch._ops.OpOverload, returned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def _made_by(func: torch._ops.OpOverload, returned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """What an operator made: what it returned, and what it wrote to where that is not returned."""
-    found = _tensors(returned)
+    found = tensors(returned)
     unsaid = name_of(func) in WRITTEN_UNSAID
     return found + written_by(func, args, kwargs) if unsaid or not found else found
 
@@ -218,15 +218,22 @@ def _arguments(
     for place, declared in enumerate(func._schema.arguments):
         writes = declared.alias_info is not None and declared.alias_info.is_write
         if (writes or declared.name in unsaid) == written:
-            found += _tensors(args[place] if place < len(args) else kwargs.get(declared.name))
+            found += tensors(args[place] if place < len(args) else kwargs.get(declared.name))
     return found
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def results_of(func: torch._ops.OpOverload, returned: int) -> int:
+    """How many of the `returned` results hold values: of fused attention the first ones."""
+    return min(returned, _RESULTS.get(name_of(func), returned))
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in an operator's result."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _dropout(call: Call) -> float | None:
+def dropout_of(call: Call) -> float | None:
+    """The share that an operator with a dropout of its own drops; None of others."""
     return float(argument(call, "dropout_p")) if _drops(call.func) else None
 
 

@@ -81,18 +81,18 @@ class Saved:
             known = self._known.get(key)
             if known is None or known[0].expired():  # type: ignore[no-untyped-call]
                 storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-                known = self._known[key] = (storage, stamp(_in_order(tensor)))
+                known = self._known[key] = (storage, stamp(in_order(tensor)))
         self._watcher.spent(time.perf_counter() - begin)
         return Kept(tensor, known[1])
 
     def _compare(self, kept: Kept) -> None:
         begin = time.perf_counter()
         with quiet():
-            self._watcher.compared(kept.tensor, stamp(_in_order(kept.tensor)) == kept.hash)
+            self._watcher.compared(kept.tensor, stamp(in_order(kept.tensor)) == kept.hash)
         self._watcher.spent(time.perf_counter() - begin)
 
 
-def _in_order(tensor: Tensor) -> Tensor:
+def in_order(tensor: Tensor) -> Tensor:
     """Its values in the order of its memory, each once: q, k and v are views of one product, which lie across."""
     steps = tensor.stride()
     seen = tensor.permute(sorted(range(len(steps)), key=lambda dim: -steps[dim]))

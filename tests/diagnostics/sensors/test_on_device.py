@@ -139,7 +139,7 @@ def test_kernels_of_products_have_no_constant_where_these_lose_precision(
     guard = Guard(nn.Linear(2, 2))
     bench: Any = guard.step()._inspection
     assert bench.kappa(kernel, torch.ones(1)).accumulate > 0
-    monkeypatch.setattr(inspection_module, "_fp32_precision", lambda device: "tf32")
+    monkeypatch.setattr(inspection_module, "fp32_precision", lambda device: "tf32")
     with pytest.raises(UnknownTolerance, match="tf32"):
         bench.kappa(kernel, torch.ones(1))
     assert bench.kappa(kernel, torch.ones(1, dtype=torch.bfloat16)).accumulate > 0
