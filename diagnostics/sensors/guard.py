@@ -12,10 +12,10 @@ from types import TracebackType
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from diagnostics.health import Alarm
+from diagnostics.sensors.aside import standing
 from diagnostics.sensors.coverage import Coverage, CoverageRow
 from diagnostics.sensors.inspection import Inspection
 from diagnostics.sensors.outlay import seconds_an_operator
@@ -188,8 +188,7 @@ class GuardedStep:
                 follow(self._modes)
             if not guard.compiled:
                 self._modes.enter_context(Keeper(self._eyes))
-                kept = Saved(self._inspection)
-                self._modes.enter_context(saved_tensors_hooks(kept.pack, kept.unpack))
+                self._modes.enter_context(standing(Saved(self._inspection)))
             self._begun = time.perf_counter()
         return self
 

@@ -30,6 +30,7 @@ from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.thin import is_thin, is_thin_product
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
+from diagnostics.sensors.written import Written
 
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
 _MULTIPLIES = frozenset((KERNEL, "sdpa", "sdpa_backward"))
@@ -57,6 +58,7 @@ class Inspection:
         self.failures = 0  # checks that failed themselves
         self.seconds = 0.0  # that the checks took
         self.operators = 0  # that ran, views too
+        self.written = Written()
         self._key = key
         self._places = places
         self._log = log
@@ -74,6 +76,7 @@ class Inspection:
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator and look at it."""
         self.operators += 1
+        self.written.note(func, args, kwargs)
         plan = plan_of(func)
         if plan is None or inside_announced():
             out = func(*args, **kwargs)
@@ -140,6 +143,15 @@ class Inspection:
             reading = tensor.new_full((1,), 0.0 if equal else PER_DIFFERENCE, dtype=torch.float32)
         self._keep(place, saved.OPERATION, Checked(saved.SENSOR, "out", reading, tuple(tensor.shape), exact=True))
         self._coverage.count(place.module, saved.OPERATION, place.pass_, True)
+
+    def not_compared(self, reason: str) -> None:
+        """See `saved.Watcher`."""
+        place = self._places.of((), False)
+        self._coverage.count(place.module, saved.OPERATION, place.pass_, False, reason)
+
+    def stepped_aside(self, reason: str) -> None:
+        """See `saved.Watcher`."""
+        self._coverage.note(UNNAMED, "saved tensors", f"saved tensors: no hooks may stand here: {reason}")
 
     def spent(self, seconds: float) -> None:
         """See `saved.Watcher`."""
@@ -312,6 +324,10 @@ def _unlike(call: Call) -> str | None:
     results = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
     for value in (*results, *call.args):
         if isinstance(value, Tensor):
+            if type(value) not in (Tensor, torch.nn.Parameter):
+                return f"a {type(value).__name__}, which is no plain tensor"
+            if value.is_meta:
+                return "a meta tensor, which has no values"
             if value.is_quantized:
                 return "a quantised tensor"
             if value.is_nested:

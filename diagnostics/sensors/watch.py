@@ -41,10 +41,18 @@ class Eyes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(kind is not Tensor and kind is not nn.Parameter for kind in types):
+            if _tracing():
+                return func(*args, **(kwargs or {}))  # by the mode below: the subclass would refuse
             return NotImplemented  # a tensor subclass: it takes itself apart first, and its parts are seen
         if not self.open:
             return func(*args, **(kwargs or {}))
         return self.step.run(func, args, kwargs or {})
+
+
+def _tracing() -> bool:
+    """Whether a mode of torch's own (fake tensors, functional ones, a trace) stands below all others."""
+    key = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(each) is not None for each in (key.FAKE, key.FUNCTIONAL, key.PROXY))
 
 
 class CompiledEyes(Eyes):  # type: ignore[no-untyped-call]
