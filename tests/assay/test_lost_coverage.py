@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 
 import assay
-from diagnostics.sensors import gemm, recompute, saved, upkeep
+from diagnostics.sensors import gemm, recompute, saved, twin, upkeep
 from diagnostics.sensors.readings import ReadingLog
 
 REASON = "a sensor's own fault"
@@ -44,7 +44,7 @@ def train(
         (recompute, "gives_again", 5),
         (saved, "stamp", 1),
         (upkeep, "stamp", 1),
-        (upkeep, "same", 1),
+        (twin, "same", 1),
         (upkeep, "differ", 1),
         (ReadingLog, "append", 10),
     ],
@@ -53,8 +53,8 @@ def test_a_sensor_that_fails_is_lost_coverage_and_no_more(
     owner: Any, name: str, failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model, twin = (nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)) for _ in range(2))
-    twin.load_state_dict(model.state_dict())
+    model, second = (nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)) for _ in range(2))
+    second.load_state_dict(model.state_dict())
     optimizer, x = AdamW(model.parameters()), torch.randn(4, 8)
     guard = assay.Guard(model, optimizer)
     train(model, optimizer, guard, lambda: x, 2)
@@ -66,12 +66,12 @@ def test_a_sensor_that_fails_is_lost_coverage_and_no_more(
     with guard.step():
         pass
     assert any(REASON in reason for reason in reasons(guard).values())
-    plain = AdamW(twin.parameters())
+    plain = AdamW(second.parameters())
     for _ in range(4):
-        twin(x).square().sum().backward()
+        second(x).square().sum().backward()
         plain.step()
         plain.zero_grad()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True))
 
 
 def test_a_step_whose_every_check_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
