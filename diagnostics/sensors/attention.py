@@ -10,7 +10,9 @@ Sampled rows. ROWS rows of every head, evenly spaced from an offset that the ste
 fp32 from q, k, v: lse, then O element by element. Tolerance of lse: z (accumulate(S) + accumulate |lse| + e + exp),
 where e = accumulate(D) scale ||q|| max ||k|| + accumulate max |mask| is the rounding of a score and exp, a constant of
 its own ("sdpa_exp"), that of the kernel's exponential, which torch's CPU kernel for bf16 makes with a polynomial good
-to 6e-5 (measured).
+to 6e-5 (measured). max |mask| is over the keys whose mask is less than _CLOSED below the row's largest: others have no
+weight. Where that largest is -1e4 or less, as in the rows of padding, the row's scores are rounded by as much; from -1e6
+on the tolerance admits anything, and the hull alone says something of the row.
 Tolerance of O: z (accumulate(S) + e) of the column's largest size; for bf16 also the rounding of O, and z output ||P||
 of that size, since kernels round P before the product.
 Every row is drawn with probability ROWS / T a step, and a run of ceil(T / ROWS) wrong rows is met in every step.
@@ -41,8 +43,8 @@ SENSOR = "attention"
 # Query rows of each head that are computed again: a 64th of the forward's products at 1,024 positions.
 ROWS = 16
 
-# A mask's value of this size closes its key, as models have it that write -1e4 or the least number instead of -inf: the
-# key's probability is 0 however the score is rounded.
+# A mask this far below the row's largest closes its key, as models have it that write -1e4 or the least number instead
+# of -inf: the key's probability is 0 however the score is rounded.
 _CLOSED = 1e4
 
 # exp of more than this is infinity in fp32: a tolerance that has grown so far says nothing, and must not become NaN.
@@ -139,14 +141,16 @@ class Attention:
 
     def seeing(self) -> Tensor | None:
         """bool [B, H, T]: the rows that see a key at all; None when there is no mask and all do."""
-        if self.mask is None:
-            return None
-        mask = self.mask
-        if self.causal:
-            shape = (self.query.shape[2], self.key.shape[2])
-            mask = mask.expand(*mask.shape[:-2], *shape)
-            mask = mask.masked_fill(torch.ones(shape, dtype=torch.bool, device=mask.device).triu_(1), -torch.inf)
-        return (mask.amax(-1) != -torch.inf).expand(self.query.shape[:3])
+        return None if self.mask is None else (self._visible().amax(-1) != -torch.inf).expand(self.query.shape[:3])
+
+    def _visible(self) -> Tensor:
+        """The mask, -inf where a causal row sees no key."""
+        assert self.mask is not None
+        if not self.causal:
+            return self.mask
+        shape = (self.query.shape[2], self.key.shape[2])
+        mask = self.mask.expand(*self.mask.shape[:-2], *shape)
+        return mask.masked_fill(torch.ones(shape, dtype=torch.bool, device=mask.device).triu_(1), -torch.inf)
 
     def score_noise(self, kappa: Kappa, index: Tensor | None = None) -> Tensor:
         """fp32 [B, H, T], or [B, H, m] of rows `index` int64 [m]: e, one standard deviation of a row's scores (the
@@ -158,8 +162,9 @@ class Attention:
         noise = largest * (abs(self.scale) * kappa.accumulate_at(query.shape[-1]))
         if self.mask is None:
             return noise
-        sizes = self.mask.abs()
-        added = torch.where(sizes < _CLOSED, sizes, 0.0).amax(-1)
+        mask = self._visible()
+        open_ = mask - mask.amax(-1, keepdim=True) > -_CLOSED  # not of a row that is -inf throughout: NaN
+        added = torch.where(open_, mask.abs(), 0.0).amax(-1)
         if index is not None and added.shape[-1] > 1:
             added = added.index_select(-1, index)
         return noise + added.float() * kappa.accumulate
@@ -179,7 +184,7 @@ def sampled_rows(rows: int, signs: Signs, device: torch.device) -> Tensor:
     """int64 [min(ROWS, rows)]: evenly spaced rows from an offset drawn by the step's signs, without a host sync."""
     count = min(ROWS, rows)
     bits = (signs.vector(24) > 0).float()  # 24 bits fill fp32's mantissa
-    offset = (bits * torch.exp2(-torch.arange(1.0, 25.0, device=device))).sum()
+    offset = (bits * torch.exp2(-torch.arange(1, 25, dtype=torch.float32, device=device))).sum()
     places = (torch.arange(count, device=device) + offset) * (rows / count)
     return places.long().clamp_(max=rows - 1)
 
@@ -198,7 +203,7 @@ def hull_readings(out: Tensor, value: Tensor, kappa: Kappa) -> Tensor:
     low, high = value.amin(2, keepdim=True).clamp(max=0), value.amax(2, keepdim=True).clamp(min=0)
     low, high = (t.float().repeat_interleave(groups, dim=1) for t in (low, high))
     if out.device.type == "cpu" and _inside(out, low, high):
-        return torch.zeros(out.shape[:3]).flatten()
+        return low.new_zeros(out.shape[:3]).flatten()
     limit = torch.maximum(high, -low) * (Z * (kappa.output + kappa.accumulate_at(value.shape[2])))
     excess = torch.maximum(out.float() - high, low - out.float()).clamp_(min=0)
     return ratio(excess, limit).amax(-1).flatten()

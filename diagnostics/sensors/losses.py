@@ -4,7 +4,7 @@ Forward. loss = sum or mean over i of -w[t_i] y[i, t_i], targets equal to ignore
 own terms, gathered and added once more in fp64, and total_weight likewise. Only the rows' target elements are read, so
 the check costs a 1/classes-th of a pass. Tolerance of the loss: z accumulate(rows) times the mean (or sum) of the
 terms' sizes; in bf16, where torch's CPU kernel adds in bf16, z output sqrt(1 + rows / 64) times them. Of total_weight
-the same of the weights.
+the same of the weights. A mean over no row, all of them ignored, is NaN.
 
 Backward. Row i of the gradient is -w[t_i] g / total at t_i and zero elsewhere. Identities: the element at the target
 is that number within four roundings (the kernel makes up to three operations in the result's type), and no other
@@ -66,6 +66,8 @@ def loss_readings(terms: Tensor, weights: Tensor, loss: Tensor, total: Tensor, m
     divisor = weights.sum() if mean else terms.new_ones(())
     expected, size = terms.sum() / divisor, terms.abs().sum() / divisor
     of_loss = ratio(loss.double() - expected, size * noise)
+    if mean:  # over no row, all of them left out: 0 / 0, and nothing but that
+        of_loss = torch.where((divisor == 0) & loss.isnan(), 0.0, of_loss)
     of_total = ratio(total.double() - weights.sum(), weights.sum() * noise)
     return torch.stack((of_loss, of_total))
 
@@ -77,15 +79,15 @@ def gradient_readings(gradient: Tensor, index: Tensor, expected: Tensor) -> tupl
     times as long as counting all.
     """
     if gradient.shape[1] == 0:
-        nothing = torch.zeros(gradient.shape[0], device=gradient.device)
+        nothing = gradient.new_zeros(gradient.shape[0], dtype=torch.float32)
         return nothing, nothing
     picked = gradient.gather(1, index[:, None])[:, 0].double()
     limit = expected.abs() * (_ROUNDINGS * unit_roundoff(gradient.dtype))
     of_picked, there = ratio(picked - expected, limit), (expected.to(gradient.dtype) != 0).int()
     if gradient.device.type == "cpu" and int(torch.count_nonzero(gradient)) == int(torch.count_nonzero(picked)):
-        return of_picked, ((picked != 0).int() - there).abs() * PER_DIFFERENCE
+        return of_picked, ((picked != 0).int() - there).abs().float() * PER_DIFFERENCE
     strays = torch.count_nonzero(gradient, dim=1) - there
-    return of_picked, strays.abs() * PER_DIFFERENCE
+    return of_picked, strays.abs().float() * PER_DIFFERENCE
 
 
 def _forward(call: Call, bench: Bench) -> Iterable[Checked]:

@@ -333,3 +333,46 @@ def test_dropout_and_what_a_gpu_leaves_open_are_refused() -> None:
     flash = aten._scaled_dot_product_flash_attention.default
     with pytest.raises(Unsupported, match="other numbers"):
         attention.Attention.of(Call(flash, (*meta, 0.0, True), {}, None))
+
+
+def padded(low: float, seed: int, dtype: torch.dtype, scale: float = 1.0, padding: int = 13) -> tuple[Call, Call]:
+    """Causal, as a mask that closes by a finite `low`; of the second sequence the first tokens are padding, whose rows
+    are closed throughout. Their gradient is zero, as that of what no loss reads."""
+    q, k, v, grad, _ = operands(SQUARE, seed, dtype, scale)
+    mask = torch.zeros(2, 1, 40, 40, dtype=dtype).masked_fill_(torch.ones(40, 40, dtype=torch.bool).triu_(1), low)
+    mask[1, :, :, :padding] = low
+    grad[1, :, :padding] = 0
+    there = run(FORWARD, q, k, v, 0.0, False, attn_mask=mask)
+    return there, run(BACKWARD, grad, q, k, v, *there.out, 0.0, False, attn_mask=mask)
+
+
+LOWS = st.sampled_from((-3e4, -1e4, -1e5, -1e6, -1e7, -1e9, -1e30, torch.finfo(torch.bfloat16).min))
+
+
+@settings(deadline=None, max_examples=100)
+@given(LOWS, st.sampled_from(DTYPES), st.sampled_from(SCALES), st.integers(2_000_000, 3_000_000))
+def test_rows_that_a_finite_mask_closes_throughout_never_alarm(
+    low: float, dtype: torch.dtype, scale: float, seed: int
+) -> None:
+    there, back = padded(low, seed, dtype, scale)
+    assert worst(CHECKS, there, CpuBench(seed)) <= 1.0
+    assert worst(CHECKS, back, CpuBench(seed)) <= 1.0
+    grad = outliers(*back.args[0].shape, seed=seed + 3, scale=1 / scale, dtype=dtype)  # of the padding too
+    back = run(BACKWARD, grad, *back.args[1:], **back.kwargs)
+    assert worst(CHECKS, back, CpuBench(seed)) <= 1.0
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_rows_that_a_finite_mask_closes_throughout_blind_no_others(low: float) -> None:
+    there, back = padded(low, 2_000_009, torch.float32)
+    index = sampled_rows(40, Signs(0, CPU), CPU).tolist()
+    for row in index:
+        bad = there.out[0].clone()
+        bad[1, 1, row] += 0.2 * (there.args[2][1, 1].mean(0) - bad[1, 1, row])  # inside the hull
+        assert alarms(CHECKS, with_result(there, bad, 0)) is (row >= 13 or low == -1e4)
+        bad[1, 1, row, 3] = 1e3  # outside of it
+        assert alarms(CHECKS, with_result(there, bad, 0))
+    for place, name in ((DV, "dv"), (DK, "dk"), (DQ, "dq")):
+        bad = back.out[place].clone()
+        bad[1, 1, 20, 3] += 0.02 * float(bad[1, 1, :, 3].norm())
+        assert worst(CHECKS, with_result(back, bad, place)) > 1.0, name

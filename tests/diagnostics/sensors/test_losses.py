@@ -88,9 +88,32 @@ def test_nothing_and_one_vector_are_quiet() -> None:
     assert alarms(CHECKS, with_result(call, call.out[0] * 1.001, 0))
 
 
-def test_a_mean_over_no_target_is_not_a_number_and_alarms() -> None:
-    y = torch.log_softmax(outliers(3, 6, seed=5), -1)
-    assert alarms(CHECKS, run(aten.nll_loss_forward.default, y, torch.full((3,), -100), None, MEAN, -100))
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 300), st.sampled_from(DTYPES), st.booleans(), st.integers(2_000_000, 3_000_000))
+def test_a_mean_over_no_target_is_not_a_number_and_any_number_alarms(
+    rows: int, dtype: torch.dtype, weighted: bool, seed: int
+) -> None:
+    y = torch.log_softmax(outliers(rows, 6, seed=seed, dtype=dtype), -1)
+    target, weight = torch.full((rows,), -100), torch.rand(6).to(dtype) if weighted else None
+    there = run(aten.nll_loss_forward.default, y, target, weight, MEAN, -100)
+    assert bool(there.out[0].isnan())
+    assert worst(CHECKS, there) <= 1.0
+    for wrong in (0.0, 1.0, torch.inf):
+        assert alarms(CHECKS, with_result(there, torch.full_like(there.out[0], wrong), 0))
+    assert alarms(CHECKS, with_result(there, torch.ones_like(there.out[1]), 1))
+    back = run(
+        aten.nll_loss_backward.default, torch.tensor(1.0, dtype=dtype), y, target, weight, MEAN, -100, *there.out[1:]
+    )
+    assert worst(CHECKS, back) <= 1.0
+    assert alarms(CHECKS, with_result(back, torch.full_like(back.out, torch.nan)))
+
+
+def test_not_a_number_is_no_sum_over_no_target_and_no_mean_over_some() -> None:
+    y, none = torch.log_softmax(outliers(3, 6, seed=5), -1), torch.full((3,), -100)
+    for target, reduction in ((none, SUM), (torch.tensor([-100, 2, 1]), MEAN)):
+        call = run(aten.nll_loss_forward.default, y, target, None, reduction, -100)
+        assert worst(CHECKS, call) <= 1.0
+        assert alarms(CHECKS, with_result(call, call.out[0] * torch.nan, 0))
 
 
 @settings(deadline=None, max_examples=50)
