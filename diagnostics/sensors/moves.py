@@ -83,7 +83,8 @@ def scattered_readings(before: Tensor, index: Tensor, source: Tensor, out: Tenso
     counts = torch.zeros(out.shape, dtype=torch.int32, device=out.device).scatter_add_(1, index, ones)
     strays = (bits(out) != bits(before)) & (counts == 0)
     landed = (bits(out.gather(1, index)) != bits(source)) & (counts.gather(1, index) == 1)
-    return (torch.count_nonzero(strays, dim=1) + torch.count_nonzero(landed, dim=1)) * PER_DIFFERENCE
+    wrong = torch.count_nonzero(strays, dim=1) + torch.count_nonzero(landed, dim=1)
+    return wrong.float() * PER_DIFFERENCE
 
 
 def copied_readings(source: Tensor, out: Tensor) -> Tensor:

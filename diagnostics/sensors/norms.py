@@ -138,7 +138,7 @@ def gradient_readings(
     """
     rows, n = norm.x.shape
     r, found = signs.vector(n), []
-    sums = torch.zeros(4, n, device=grad.device)  # dw, db, and the squares of what they sum
+    sums = torch.zeros(4, n, dtype=torch.float32, device=grad.device)  # dw, db, and the squares of what they sum
     for block in norm.blocks():
         given, x = grad[block].float(), norm.x[block].float()
         mean, rstd = norm.mean[block], norm.rstd[block]

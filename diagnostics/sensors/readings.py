@@ -62,7 +62,7 @@ class ReadingLog:
         if rows == 0:
             return
         if not self._chunks or self._used[-1] + rows > self._chunks[-1].numel():
-            self._chunks.append(torch.empty(max(CHUNK_ROWS, rows), device=self._device))
+            self._chunks.append(torch.empty(max(CHUNK_ROWS, rows), dtype=torch.float32, device=self._device))
             self._used.append(0)
         start = self._used[-1]
         self._chunks[-1][start : start + rows].copy_(readings)

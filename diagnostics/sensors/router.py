@@ -47,7 +47,7 @@ def hashed(index: Tensor) -> Tensor:
 def gate_readings(gates: Tensor, total: float, kappa: Kappa) -> Tensor:
     """Readings fp32 [tokens] of gates [tokens, copies]: each row sums to `total`."""
     noise = kappa.accumulate_at(gates.shape[1]) + kappa.output
-    return ratio(gates.float().sum(-1) - total, torch.full((), abs(total) * Z * noise, device=gates.device))
+    return ratio(gates.float().sum(-1) - total, gates.new_full((), abs(total) * Z * noise, dtype=torch.float32))
 
 
 def count_readings(counts: Tensor, tokens: int, copies: int) -> Tensor:
@@ -67,8 +67,8 @@ def home_readings(sent: Tensor, home: Tensor, index: Tensor, copies: int) -> Ten
     weights = hashed(torch.arange(sent.shape[1], device=sent.device))
     left, arrived = ((bits(rows).long() * weights).sum(-1) for rows in (sent, home))
     wrong = ((arrived != left[index]) | strays).float()
-    counts = torch.zeros(tokens, device=sent.device).index_add_(0, index, torch.ones_like(wrong))
-    changed = torch.zeros(tokens, device=sent.device).index_add_(0, index, wrong)
+    counts = wrong.new_zeros(tokens).index_add_(0, index, torch.ones_like(wrong))
+    changed = wrong.new_zeros(tokens).index_add_(0, index, wrong)
     return ((counts - copies).abs() + changed) * PER_DIFFERENCE
 
 
@@ -76,7 +76,7 @@ def chosen_readings(x: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """Readings fp32 [rows]: values [rows, k] are those of x [rows, n] at index int64 [rows, k], all within the row."""
     outside = (index < 0) | (index >= x.shape[1])
     picked = x.gather(1, index.clamp(0, max(x.shape[1] - 1, 0)))
-    return differences(values, picked) + torch.count_nonzero(outside, dim=1) * PER_DIFFERENCE
+    return differences(values, picked) + torch.count_nonzero(outside, dim=1).float() * PER_DIFFERENCE
 
 
 def order_readings(values: Tensor, descending: bool) -> Tensor:
@@ -98,7 +98,7 @@ def best_readings(x: Tensor, values: Tensor, index: Tensor, largest: bool) -> Te
         least = values.amax(-1, keepdim=True)
         better, chosen = x < least, values < least
     missed = torch.count_nonzero(better, dim=1) - torch.count_nonzero(chosen, dim=1)
-    return ((index.shape[1] - distinct).abs() + missed.abs()) * PER_DIFFERENCE
+    return ((index.shape[1] - distinct).abs() + missed.abs()).float() * PER_DIFFERENCE
 
 
 def permutation_readings(index: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def running_readings(x: Tensor, sums: Tensor, kappa: Kappa | None) -> Tensor:
     """Readings fp32 [rows] of running sums [rows, n] of x [rows, n]; kappa None: integers, exact."""
     if kappa is None:
         steps = torch.diff(sums, dim=1, prepend=torch.zeros_like(sums[:, :1]))
-        return torch.count_nonzero(steps != x.to(sums.dtype), dim=1) * PER_DIFFERENCE
+        return torch.count_nonzero(steps != x.to(sums.dtype), dim=1).float() * PER_DIFFERENCE
     wide, given = sums.float(), x.float()
     gaps = torch.diff(wide, dim=1, prepend=torch.zeros_like(wide[:, :1])) - given
     sizes = given.abs().sum(1, keepdim=True)

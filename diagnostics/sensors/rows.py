@@ -58,7 +58,7 @@ def blocks(t: Tensor) -> Iterator[slice]:
 
 def by_blocks(readings: list[Tensor], like: Tensor) -> Tensor:
     """The readings of blocks as one fp32 [rows]; none is an empty one on the device of `like`."""
-    return torch.cat(readings) if readings else torch.zeros(0, device=like.device)
+    return torch.cat(readings) if readings else like.new_zeros(0, dtype=torch.float32)
 
 
 def ratio(residual: Tensor, limit: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def worst_element(out: Tensor, expected: Tensor, limit: Tensor) -> Tensor:
     About five passes. NaN in out, expected or limit gives NaN.
     """
     if out.shape[-1] == 0:
-        return torch.zeros(out.shape[0], device=out.device)
+        return out.new_zeros(out.shape[0], dtype=torch.float32)
     gap = torch.where(out == expected, 0.0, (out - expected).abs())
     return (gap / limit.clamp(min=NORM_FLOOR)).amax(-1).float()
 
@@ -133,14 +133,13 @@ def differences(a: Tensor, b: Tensor) -> Tensor:
     On a CPU one comparison without a temporary comes first: there the host waits for nobody.
     """
     if not a.is_cuda and same(a, b):
-        return torch.zeros(a.shape[0])
+        return torch.zeros(a.shape[0], dtype=torch.float32)
     return torch.count_nonzero(bits(a) != bits(b), dim=-1).float().mul_(PER_DIFFERENCE)
 
 
 def no_differences(t: Tensor) -> Tensor:
     """fp32 [rows] of zeros: what `differences` of `rows_of` says of a tensor that has none."""
-    rows = t.numel() // max(t.shape[-1], 1) if t.dim() else 1
-    return torch.zeros(rows, device=t.device)
+    return torch.zeros(math.prod(t.shape[:-1]), dtype=torch.float32, device=t.device)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

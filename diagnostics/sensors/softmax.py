@@ -59,12 +59,14 @@ _SURE = 0.5
 
 def row_sums(p: Tensor, kappa: Kappa) -> Tensor:
     """Readings fp32 [rows] of probabilities fp32 [rows, n]: the sum is 1. One pass."""
-    return _sums_to(p, torch.ones((), device=p.device), kappa)
+    return _sums_to(p, p.new_ones((), dtype=torch.float32), kappa)
 
 
 def negatives(p: Tensor) -> Tensor:
     """Readings fp32 [rows] of probabilities [rows, n], exact: none is negative. One pass."""
-    return (p.amin(-1) < 0).float() * PER_DIFFERENCE if p.shape[1] else torch.zeros(p.shape[0], device=p.device)
+    if p.shape[1] == 0:
+        return p.new_zeros(p.shape[0], dtype=torch.float32)
+    return (p.amin(-1) < 0).float() * PER_DIFFERENCE
 
 
 def probabilities(p: Tensor, x: Tensor, kappa: Kappa, roundings: int = 1) -> Tensor:
@@ -147,7 +149,7 @@ def _gradient_readings(dx: Tensor, terms: Tensor, weights: Tensor, signs: Tensor
 
 def _sums_to(p: Tensor, expected: Tensor, kappa: Kappa) -> Tensor:
     if p.shape[1] == 0:
-        return torch.zeros(p.shape[0], device=p.device)
+        return p.new_zeros(p.shape[0], dtype=torch.float32)
     return ratio(p.sum(-1) - expected, expected.new_tensor(Z * kappa.accumulate_at(p.shape[1])))
 
 

@@ -49,8 +49,8 @@ def added_readings(
     n, width = out.shape
     r = signs.vector(width)
     sent = source.float()
-    rows = torch.mv(sent, r), torch.linalg.vector_norm(sent, dim=1), torch.ones(len(index), device=out.device)
-    expected, sizes, counts = (torch.zeros(n, device=out.device).index_add_(0, index, row) for row in rows)
+    rows = torch.mv(sent, r), torch.linalg.vector_norm(sent, dim=1), r.new_ones(len(index))
+    expected, sizes, counts = (r.new_zeros(n).index_add_(0, index, row) for row in rows)
     expected, sizes = expected * alpha, sizes * abs(alpha)
     if before is not None:
         expected = expected + torch.mv(before.float(), r)

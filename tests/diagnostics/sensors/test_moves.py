@@ -41,6 +41,8 @@ def moves(rows: int, n: int, k: int, seed: int, dtype: Any) -> list[Call]:
         (aten.copy_.default, (torch.empty(2, rows, n), x), {}),
         (aten.cat.default, ([x, x[:1], torch.zeros(0)],), {}),
         (aten.cat.default, ([x, x[:, :1]], -1), {}),
+        (aten.cat.default, ([x[:, :0], x], 1), {}),
+        (aten.cat.default, ([x, x[:0]], 0), {}),
         (aten.index_copy.default, (x, 0, some, new), {}),
         (aten.index_copy_.default, (x.clone(), 0, some, new), {}),
         (aten.scatter.src, (x, 1, order, x.flip(1)), {}),
