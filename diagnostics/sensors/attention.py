@@ -11,8 +11,8 @@ fp32 from q, k, v: lse, then O element by element. Tolerance of lse: z (accumula
 where e = accumulate(D) scale ||q|| max ||k|| + accumulate max |mask| is the rounding of a score and exp, a constant of
 its own ("sdpa_exp"), that of the kernel's exponential, which torch's CPU kernel for bf16 makes with a polynomial good
 to 6e-5 (measured). max |mask| is over the keys whose mask is less than _CLOSED below the row's largest: others have no
-weight. Where that largest is -1e4 or less, as in the rows of padding, the row's scores are rounded by as much; from -1e6
-on the tolerance admits anything, and the hull alone says something of the row.
+weight. Where that largest is -1e4 or less, as in the rows of padding, the row's scores are rounded by as much; from
+-1e6 on the tolerance admits anything, and the hull alone says something of the row.
 Tolerance of O: z (accumulate(S) + e) of the column's largest size; for bf16 also the rounding of O, and z output ||P||
 of that size, since kernels round P before the product.
 Every row is drawn with probability ROWS / T a step, and a run of ceil(T / ROWS) wrong rows is met in every step.

@@ -17,9 +17,14 @@ where none are. On a CPU it is made only where a reading without it exceeds a ha
 On a CPU, in fp32, a bound of the readings comes first where A's norms are not known: an eighth of A's and W's elements
 gives norms that are at most theirs. Readings that are below a half of that tolerance need no other.
 
-Sees: any change of C above the floor (a non-finite value always). Does not see: wrong A or W, which both sides share;
-what happens to C after the check; changes below the floor. Cost: in fp32 one pass over each of A, W and C, a quarter
-for the bound, and where it does not suffice the norms of A and W that no other product has measured.
+Operands that are not finite. An infinite D (a mask) makes C the same there, element by element; the rest of such a row,
+and rows that an infinity or NaN of A or W reaches, read NaN, and are run again (`undecided`). On a GPU, where nobody
+asks, rows whose prediction is not finite read 0, and so do rows of fp16 results with an infinity whose norm is about
+that large. Where C or norms leave the range of their types though all operands are finite: `beyond`.
+
+Sees: any change of C above the floor (a non-finite value where there should be none). Does not see: wrong A or W, which
+both sides share; what happens to C after the check; changes below the floor. Cost: in fp32 one pass over each of A, W
+and C, a quarter for the bound, and where it does not suffice the norms of A and W that no other product has measured.
 """
 
 from __future__ import annotations
@@ -32,10 +37,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 
+from diagnostics.sensors.beyond import all_finite, shrunk
 from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
-from diagnostics.sensors.rounded import energy_readings
-from diagnostics.sensors.rows import alike, combined
+from diagnostics.sensors.rounded import energy_readings, mean_gain
+from diagnostics.sensors.rows import PER_DIFFERENCE, alike, bounded, combined, rows_of
 from diagnostics.sensors.signs import PROBES, Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
@@ -47,6 +53,9 @@ ALIKE = 10.0
 
 # A bound of a reading stands for it below this. Calibration leaves readings of fp32 sums there, and so sees the same.
 _SURE = 0.5
+
+# On a GPU a row may hold infinities if its norm, as it is estimated, times this exceeds the largest number of its type.
+_NEAR = 4
 
 # Terms of a sum that one product of a matrix's rows with a vector may add, and one of a batch.
 _PART, _PART_OF_BATCHES = 4096, 512
@@ -88,7 +97,7 @@ def row_readings(
 ) -> Tensor:
     """Readings fp32 [..., M] of c [..., M, N] against left [..., M, K] times right [..., K, N]: |residual| / tolerance.
 
-    Never negative; NaN where c, or the prediction, is not finite.
+    Never negative; NaN where c, or the prediction, is not finite, or norms overflow; on a GPU 0 by the prediction.
     """
     if c.dtype == torch.bfloat16 and left.value.dtype == torch.bfloat16:
         return energy_readings(c, left, right, signs, kappa, alpha, None if plus is None else plus.probed)
@@ -99,6 +108,7 @@ def row_readings(
         predicted = predicted.mul_(alpha)
     if plus is not None:
         predicted = predicted.add_(plus.along)
+    judged = predicted.isfinite() if c.is_cuda else None
     residual = predicted.sub_(torch.matmul(c.float(), r)).abs_()
     noise = Z * kappa.accumulate_at(max(n, left.value.shape[-1]))
 
@@ -108,18 +118,22 @@ def row_readings(
         return size if plus is None else size.add_(plus.norms)
 
     if left.is_dear and not kappa.output:
-        bound = residual / of_sums(left.least_row_norms, right.least_norm).mul_(noise)
+        bound = residual / bounded(of_sums(left.least_row_norms, right.least_norm).mul_(noise))
         if bool((bound <= _SURE).all()):
             return bound
-    size = of_sums(left.row_norms, right.norm)
+    size = bounded(of_sums(left.row_norms, right.norm))
     if kappa.output:
         norms = output_norms(left, right, signs, alpha, plus)
         limit = size.mul_(noise).add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
-        return residual.div_(limit)
-    readings = residual / (size * noise)
-    if not c.is_cuda and bool((readings <= _SURE).all()):
-        return readings
-    return residual.div_(size.add_(alike(c, size), alpha=ALIKE).mul_(noise))
+        readings = residual.div_(limit)
+        if c.is_cuda:  # what is beyond the type's range is an infinity
+            readings = torch.where(readings.isfinite() | (norms < torch.finfo(c.dtype).max / _NEAR), readings, 0.0)
+    else:
+        readings = residual / (size * noise)
+        if not c.is_cuda and bool((readings <= _SURE).all()):
+            return readings
+        readings = residual.div_(size.add_(alike(c, size), alpha=ALIKE).mul_(noise))
+    return readings if judged is None else torch.where(judged, readings, 0.0)
 
 
 def output_norms(left: Operand, right: Operand, signs: Signs, alpha: float = 1.0, plus: Addend | None = None) -> Tensor:
@@ -136,9 +150,7 @@ def output_norms(left: Operand, right: Operand, signs: Signs, alpha: float = 1.0
         seen = seen.add_(plus.probed)
     estimate: Tensor = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32).square_().mul_(1 / PROBES)
     squares = left.row_norms.square()
-    gain = estimate.sum(-1, keepdim=True) / squares.sum(-1, keepdim=True).clamp(min=NORM_FLOOR**2)
-    gain.clamp_(max=NORM_FLOOR**-2)  # where A is all zeros and D is not: no infinity, whose product with 0 is NaN
-    return estimate.add_(squares.mul_(gain)).sqrt_()
+    return estimate.add_(squares.mul_(mean_gain(estimate, squares))).sqrt_()
 
 
 def subnormal_norm(c: Tensor) -> float:
@@ -170,16 +182,21 @@ def _once_along(matrices: Tensor, vectors: Tensor) -> Tensor:
 
 def _product(call: Call, bench: Bench) -> Iterable[Checked]:
     left, right = call.args[0], call.args[1]
-    yield _checked(call.out, left, right, bench)
+    yield _checked(call.out, left, right, bench, None)
 
 
 def _added(call: Call, bench: Bench) -> Iterable[Checked]:
     added, left, right = call.args[:3]
     beta, alpha = _factors(call.kwargs)
-    plus = call.before
+    plus, there = call.before, None  # what was written over is no longer there
     if plus is None and beta != 0:
         plus = Addend.of(added, beta, right.shape[-1], bench.signs, _rounded(call.out))
-    yield _checked(call.out, left, right, bench, alpha, plus)
+        there = added
+    checked = _checked(call.out, left, right, bench, there, beta, alpha, plus)
+    yield checked
+    closes = there is not None and there.dim() > 1 and there.shape[-2] > 1  # a mask does, no bias
+    if there is not None and closes and (call.out.is_cuda or not bool(checked.readings.isfinite().all())):
+        yield Checked(SENSOR, "out", infinite_readings(call.out, there, beta), tuple(call.out.shape), exact=True)
 
 
 def _before_in_place(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> Addend | None:
@@ -196,15 +213,53 @@ def _before_out(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> 
 
 
 def _checked(
-    out: Tensor, left: Tensor, right: Tensor, bench: Bench, alpha: float = 1.0, plus: Addend | None = None
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bench: Bench,
+    added: Tensor | None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+    plus: Addend | None = None,
 ) -> Checked:
+    """The check of out = alpha left right + plus; added: what `plus` measures, where it is still there."""
     if left.dtype != right.dtype or not left.is_floating_point():
         raise Unsupported(f"a product of {left.dtype} and {right.dtype}")
     kappa = bench.kappa(KERNEL, out)
     if out.numel() == 0:
         return Checked(SENSOR, "out", out.new_zeros(0, dtype=torch.float32), tuple(out.shape))
     readings = row_readings(out, bench.operand(left), bench.operand(right), bench.signs, kappa, alpha, plus)
+    strange = out.device.type == "cpu" and not bool(readings.isfinite().all())
+    if strange and (plus is None or added is not None):
+        given = [t for t in (left, right, added) if t is not None]
+        if all(all_finite(t) for t in given):
+            readings = _beyond(out, left, right, bench.signs, kappa, added, alpha, beta)
     return Checked(SENSOR, "out", readings.flatten(), tuple(out.shape))
+
+
+def _beyond(
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    signs: Signs,
+    kappa: Kappa,
+    added: Tensor | None,
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    """Readings as of `row_readings`, of operands all of which are finite."""
+    c, a, w, d = shrunk(out, left, right, added, alpha, beta)
+    plus = Addend.of(d, 1.0, c.shape[-1], signs, _rounded(c))
+    return row_readings(c, Operand(a), Operand(w), signs, kappa, alpha, plus)
+
+
+def infinite_readings(c: Tensor, added: Tensor, beta: float) -> Tensor:
+    """Readings fp32 [rows], exact: c [..., M, N] is beta times added, which broadcasts to it, where that is infinite.
+
+    A NaN, which infinite operands would give, is left to the check of the row.
+    """
+    wrong = added.isinf() & (c != added * beta) & ~c.isnan()
+    return torch.count_nonzero(rows_of(wrong), dim=1).float().mul_(PER_DIFFERENCE)
 
 
 def _factors(kwargs: dict[str, Any]) -> tuple[float, float]:

@@ -30,6 +30,7 @@ from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.thin import is_thin, is_thin_product
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
+from diagnostics.sensors.undecided import decided
 from diagnostics.sensors.written import Written
 
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
@@ -222,7 +223,7 @@ class Inspection:
         """
         by_identity = True
         try:
-            for one in check():
+            for one in check() if instead is None else decided(check(), instead, self):
                 self._keep(place, operation, one)
                 by_identity &= one.sensor != recompute.SENSOR
         except (Unsupported, UnknownTolerance) as reason:

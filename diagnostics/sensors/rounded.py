@@ -22,6 +22,10 @@ all elements of a row are equal and round alike; in 25 steps of `tiny` 0.68, in 
 On a CPU a bound of the readings comes first where A's norms are not known: with p_i alone the tolerance is smaller, by
 the root of two where A and W are alike. Readings that are below 0.75 of it need no other.
 
+Where A and W, or they and D, cancel, the roundings of the check's own products are larger than that: what two outlier
+channels leave, the residual of a fit (beta = -1). On a CPU readings above 0.75 are made again in fp32, under the same
+tolerance. On a GPU p_i is at least the estimate of the product without D; outlier channels that cancel may alarm there.
+
 Sees: a change of 7.8 kappa ||C_i||, 0.0127 sqrt(N) of the row's rms element; one vector sees 0.016 sqrt(N). Does not
 see: wrong A or W, changes after the check, changes below the floor. Cost: two thin products over A and C, one over W.
 """
@@ -36,6 +40,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.sensors.operand import Operand
+from diagnostics.sensors.rows import bounded
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
@@ -57,13 +62,21 @@ def on_device(device: torch.device) -> Any:
         return None
 
 
+def mean_gain(estimate: Tensor, squares: Tensor) -> Tensor:
+    """[..., 1]: the sum of estimates [..., M] of ||C_i||^2 over that of squares [..., M], ||A_i||^2, where finite."""
+    finite = estimate.isfinite() & squares.isfinite()
+    kept, of = (torch.where(finite, each, 0.0).sum(-1, keepdim=True) for each in (estimate, squares))
+    # At most so much where A is all zeros and D is not: no infinity, whose product with 0 is NaN.
+    return (kept / of.clamp(min=NORM_FLOOR**2)).clamp_(max=NORM_FLOOR**-2)
+
+
 def energy_readings(
     c: Tensor, left: Operand, right: Operand, signs: Signs, kappa: Kappa, alpha: float, probed: Tensor | None
 ) -> Tensor:
     """Readings fp32 [..., M] of bf16 c [..., M, N] against alpha times left [..., M, K] times right [..., K, N].
 
     probed: beta D S, fp32, broadcast against [..., M, probes]; None without an addend. Never negative; NaN where c, or
-    the prediction, is not finite.
+    the prediction, is not finite, on a GPU 0 by the prediction.
     """
     n, inner = c.shape[-1], left.value.shape[-1]
     fused = on_device(c.device) if probed is None else None
@@ -75,25 +88,38 @@ def energy_readings(
     predicted = left.along(seen).float()
     if alpha != 1.0:
         predicted.mul_(alpha)
+    of_product = None
     if probed is not None:
+        of_product = torch.linalg.vector_norm(predicted, dim=-1) if c.is_cuda else None
         predicted.add_(probed)
     residual = torch.linalg.vector_norm((c @ probes).float().sub_(predicted), dim=-1)
     count = probes.shape[1]
     estimate = torch.linalg.vector_norm(predicted, dim=-1).square_().div_(count)
+    if of_product is not None:  # a product that the addend cancels is rounded all the same
+        estimate = torch.maximum(estimate, of_product.square_().div_(count))
     noise = TAIL * kappa.output * (1 + 4 / n) ** 0.5
     if left.is_dear:
-        bound: Tensor = residual / estimate.sqrt().clamp_(min=NORM_FLOOR).mul_(noise * count**0.5)
+        bound: Tensor = residual / bounded(estimate.sqrt()).clamp_(min=NORM_FLOOR).mul_(noise * count**0.5)
         if bool((bound <= _SURE).all()):
             return bound
     squares = left.row_norms.square()
     weights = torch.linalg.vector_norm(seen, dim=(-2, -1), dtype=torch.float32).square_().div_(count).unsqueeze(-1)
     heavy = (seen != 0).any(-1).sum(-1, keepdim=True).clamp_(min=1)
     typical = weights.mul(alpha * alpha) / heavy
-    gain = estimate.sum(-1, keepdim=True) / squares.sum(-1, keepdim=True).clamp(min=NORM_FLOOR**2)
-    gain.clamp_(max=NORM_FLOOR**-2)  # where A is all zeros and D is not: no infinity, whose product with 0 is NaN
-    limit = estimate.add_(squares.mul_(torch.maximum(gain, typical))).sqrt_().clamp_(min=NORM_FLOOR)
+    gain = mean_gain(estimate, squares)
+    limit = bounded(estimate.add_(squares.mul_(torch.maximum(gain, typical))).sqrt_().clamp_(min=NORM_FLOOR))
     limit.mul_(noise)
     terms = left.row_norms.clamp(min=NORM_FLOOR) * weights.sqrt_().clamp_(min=NORM_FLOOR)
     limit.add_(terms, alpha=Z * abs(alpha) * kappa.accumulate_at(max(n, inner)))
-    readings: Tensor = residual.div_(limit).div_(count**0.5)
-    return readings
+    readings: Tensor = residual.div(limit).div_(count**0.5)
+    if c.is_cuda:  # where operands are not finite nothing is said
+        return torch.where(predicted.isfinite().all(-1), readings, 0.0)
+    if bool((readings <= _SURE).all()):
+        return readings
+    wide = probes.float()
+    exact = (left.fp32 @ (right.fp32 @ wide)).mul_(alpha)
+    if probed is not None:
+        exact.add_(probed)
+    residual = torch.linalg.vector_norm((c.float() @ wide).sub_(exact), dim=-1)
+    sharp: Tensor = residual.div_(limit).div_(count**0.5)
+    return sharp

@@ -2,13 +2,15 @@
 
 topk. (1) values = input at the indices, bit for bit; (2) the indices of a row are distinct and within it; (3) as many
 elements of the row lie beyond the least chosen as of the chosen, so nothing better was left out; (4) sorted when asked.
+NaN is the largest, as torch has it.
 sort. As (1) and (4), and the indices are a permutation: each falls within the row and the sum of hash(index) mod 2^64
 is that of 0..n-1 (a plain sum would miss a pair of errors that cancel).
 bincount. Counts sum to the number of elements, and sum over bins of count * hash(bin) = sum over elements of
 hash(element) mod 2^64, so that a count in the wrong bin shows. With weights: the same with signs for the hash, and
 z accumulate(elements) times the sum of the weights' sizes. histc: the counts sum to the elements within range.
 cumsum. Each element less its predecessor is what was added: exact for integers; else within
-z accumulate(n) times the row's sum of sizes, and the roundings of the two.
+z accumulate(n) times the row's sum of sizes, and the roundings of the two. From the first infinity or NaN that is added
+on the sums are what the infinities and NaN alone add up to.
 
 The whole router, as pure functions for whoever announces it: gates of a token sum to their constant; the experts'
 counts sum to tokens times copies; of a token's copies each comes home once, its row unchanged (`home_readings`).
@@ -76,14 +78,17 @@ def chosen_readings(x: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """Readings fp32 [rows]: values [rows, k] are those of x [rows, n] at index int64 [rows, k], all within the row."""
     outside = (index < 0) | (index >= x.shape[1])
     picked = x.gather(1, index.clamp(0, max(x.shape[1] - 1, 0)))
-    return differences(values, picked) + torch.count_nonzero(outside, dim=1).float() * PER_DIFFERENCE
+    wrong = differences(values, picked)
+    if values.is_floating_point() and (values.is_cuda or bool(wrong.any())):  # in bf16 torch gives NaN other bits
+        wrong = differences(values, torch.where(values.isnan() & picked.isnan(), values, picked))
+    return wrong + torch.count_nonzero(outside, dim=1).float() * PER_DIFFERENCE
 
 
 def order_readings(values: Tensor, descending: bool) -> Tensor:
-    """Readings fp32 [rows] of values [rows, n] that must be in order; a NaN in a row gives NaN."""
-    before, after = values[:, :-1], values[:, 1:]
-    wrong = torch.count_nonzero(before < after if descending else before > after, dim=1) * PER_DIFFERENCE
-    return torch.where(values.isnan().any(-1), torch.nan, wrong) if values.is_floating_point() else wrong
+    """Readings fp32 [rows] of values [rows, n] that must be in torch's order, in which NaN is the largest."""
+    small, large = (values[:, 1:], values[:, :-1]) if descending else (values[:, :-1], values[:, 1:])
+    wrong = ~((small <= large) | large.isnan())
+    return torch.count_nonzero(wrong, dim=1).float() * PER_DIFFERENCE
 
 
 def best_readings(x: Tensor, values: Tensor, index: Tensor, largest: bool) -> Tensor:
@@ -93,10 +98,14 @@ def best_readings(x: Tensor, values: Tensor, index: Tensor, largest: bool) -> Te
     distinct = seen.scatter_(1, index.clamp(0, n - 1), True).sum(1)
     if largest:
         least = values.amin(-1, keepdim=True)
-        better, chosen = x > least, values > least
+        if x.is_floating_point():  # NaN is the least only where all are NaN
+            nan = values.isnan()
+            least = torch.where(nan, torch.inf, values).amin(-1, keepdim=True)
+            least = torch.where(nan.all(-1, keepdim=True), torch.nan, least)
+        better, chosen = ((t > least) | (t.isnan() & ~least.isnan()) for t in (x, values))
     else:
-        least = values.amax(-1, keepdim=True)
-        better, chosen = x < least, values < least
+        most = values.amax(-1, keepdim=True)
+        better, chosen = ((t < most) | (~t.isnan() & most.isnan()) for t in (x, values))
     missed = torch.count_nonzero(better, dim=1) - torch.count_nonzero(chosen, dim=1)
     return ((index.shape[1] - distinct).abs() + missed.abs()).float() * PER_DIFFERENCE
 
@@ -114,11 +123,17 @@ def running_readings(x: Tensor, sums: Tensor, kappa: Kappa | None) -> Tensor:
         return torch.count_nonzero(steps != x.to(sums.dtype), dim=1).float() * PER_DIFFERENCE
     wide, given = sums.float(), x.float()
     gaps = torch.diff(wide, dim=1, prepend=torch.zeros_like(wide[:, :1])) - given
-    sizes = given.abs().sum(1, keepdim=True)
-    limit = sizes * (Z * kappa.accumulate_at(x.shape[1]))
+    noise = Z * kappa.accumulate_at(x.shape[1])
     if sums.dtype != torch.float32:
-        limit = limit + 2 * unit_roundoff(sums.dtype) * sizes
-    return ratio(gaps, limit).amax(-1)
+        noise += 2 * unit_roundoff(sums.dtype)
+    readings = ratio(gaps, given.abs().sum(1, keepdim=True) * noise).amax(-1)
+    if not x.is_cuda and not bool(readings.isnan().any()):
+        return readings
+    finite = given.isfinite()
+    spoilt = torch.cumsum(torch.where(finite, 0.0, given), 1)  # 0, and from the first infinity or NaN on what it leaves
+    as_it_must = (wide == spoilt) | (wide.isnan() & spoilt.isnan())
+    of_steps = ratio(gaps, torch.where(finite, given.abs(), 0.0).sum(1, keepdim=True) * noise)
+    return torch.where(spoilt == 0, of_steps, torch.where(as_it_must, 0.0, torch.inf)).amax(-1)
 
 
 def _topk(call: Call, bench: Bench) -> Iterable[Checked]:

@@ -91,6 +91,11 @@ def alike(c: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(torch.linalg.vector_norm(c, dim=-1, dtype=torch.float32), size)
 
 
+def bounded(limit: Tensor) -> Tensor:
+    """On a CPU NaN, which is an alarm, for a limit that is infinite since squares overflowed; elsewhere as it is."""
+    return limit if limit.is_cuda else torch.where(limit == torch.inf, torch.nan, limit)
+
+
 def worst_element(out: Tensor, expected: Tensor, limit: Tensor) -> Tensor:
     """fp32 [rows]: the largest |out - expected| / limit of each row of [rows, n]; equal infinities do not differ.
 

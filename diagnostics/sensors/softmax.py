@@ -4,7 +4,7 @@ softmax, p = exp(x - max) / sum. Identity in fp32: each row sums to 1 and no ele
 z accumulate(n); each element's own error is relative to the element, and those sum to 1. In bf16 and fp16 the rounding
 of p would hide most faults of a sum, so the row is computed once more from its scores in fp32, and each element may
 differ by its rounding (by three along another dimension than the last, on a CPU). A row that is masked throughout sums
-to 0 in `_safe_softmax`; in `_softmax` it is NaN and alarms.
+to 0 in `_safe_softmax`; in `_softmax` it is NaN, and reads NaN, which a second run decides (`undecided`).
 
 softmax backward, dx = p (g - s), s = sum p g. Identity, with the step's signs r and, in fp32, again with ones:
 dx r = (p g) r - s (p r). With ones it says that the row sums to s (1 - sum p), zero but for the rounding of p.

@@ -220,7 +220,7 @@ def along_probes(
     """out [batch, rows, V] = alpha x [batch, rows, k] (any strides) vectors, in out's type; x's squared row norms fp32.
 
     vectors [k, V], or PER_BATCH [batch, k, V]. parts fp32 [batch, 2, tiles]: sums over a tile's rows of out's squares
-    and of x's. Grid: (rows / ROWS rounded up, batch).
+    and of x's, of rows where both are finite. Grid: (rows / ROWS rounded up, batch).
     """
     i, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -234,8 +234,10 @@ def along_probes(
     tl.store(squares + place, norms, mask=row < rows)
     kept = total if out.dtype.element_ty == tl.float32 else nearest(total)
     tl.store(out + place[:, None] * V + lane[None, :], kept.to(out.dtype.element_ty), mask=row[:, None] < rows)
-    tl.store(parts + batch * 2 * tiles + i, tl.sum(tl.sum(total * total, 1), 0))
-    tl.store(parts + (batch * 2 + 1) * tiles + i, tl.sum(norms, 0))
+    of_out = tl.sum(total * total, 1)
+    finite = (of_out < float("inf")) & (norms < float("inf"))  # NaN is not
+    tl.store(parts + batch * 2 * tiles + i, tl.sum(tl.where(finite, of_out, 0.0), 0))
+    tl.store(parts + (batch * 2 + 1) * tiles + i, tl.sum(tl.where(finite, norms, 0.0), 0))
 
 
 @triton.jit
@@ -293,7 +295,8 @@ def energy(
     typical = weights * scale / tl.maximum(tl.load(heavy + batch), 1)
     limit = tl.maximum(tl.sqrt(estimate + square * tl.maximum(gain, typical)), floor) * rounding
     limit += tl.maximum(tl.sqrt(square), floor) * (tl.maximum(tl.sqrt(weights), floor) * sums)
-    tl.store(readings + place, residual / limit, mask=there)
+    strange = tl.sum(tl.where(tl.abs(expected) < float("inf"), 0, 1), 1)  # of such rows nothing is said
+    tl.store(readings + place, tl.where(strange > 0, 0.0, residual / limit), mask=there)
 
 
 @triton.jit

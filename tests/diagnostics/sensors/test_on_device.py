@@ -1,5 +1,5 @@
 """What GPUs have otherwise than CPUs, as far as a CPU can show it: hashes that stay on a device, cuDNN's attention,
-sizes of blocks, readings by check."""
+sizes of blocks, readings by check, operands that are not finite."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any, cast
 
 import pytest
 import torch
-from operations import alarms, aten, run, worst
+from operations import CPU, CpuBench, alarms, aten, outliers, run, worst
 from torch import Tensor, nn
 
-from diagnostics.sensors import attention, attention_backward, moves, recompute, rows
+from diagnostics.sensors import attention, attention_backward, gemm, grouped, moves, recompute, rows
 from diagnostics.sensors import inspection as inspection_module
 from diagnostics.sensors.digest import differ, digest, digest_on_device, stamp
 from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.operation import Call
 from diagnostics.sensors.quiet import quiet
+from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import UnknownTolerance
 
 CHECKS = attention.CHECKS | attention_backward.CHECKS
@@ -146,3 +148,73 @@ def test_kernels_of_products_have_no_constant_where_these_lose_precision(
         bench.kappa(kernel, torch.ones(1))
     assert bench.kappa(kernel, torch.ones(1, dtype=torch.bfloat16)).accumulate > 0
     assert bench.kappa("softmax", torch.ones(1)).accumulate > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_rows_that_operands_leave_infinite_a_gpu_says_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There nobody asks what is finite: the host would wait. Rows whose prediction is not are left out."""
+    a, w, d = (outliers(*shape, seed=2, dtype=dtype) for shape in ((9, 16), (16, 12), (9, 12)))
+    a[2, 3] = torch.nan
+    d[:5].masked_fill_(torch.ones(5, 12, dtype=torch.bool).triu_(5), -torch.inf)
+    signs, kappa = Signs(3, CPU), CpuBench().kappa("mm", a)
+
+    def found(c: Tensor) -> list[bool]:
+        plus = gemm.Addend.of(d, 1.0, 12, signs, dtype != torch.float32)
+        return [
+            not value <= 1 for value in gemm.row_readings(c, Operand(a), Operand(w), signs, kappa, 1.0, plus).tolist()
+        ]
+
+    out = torch.addmm(d, a, w)
+    assert found(out) == [True] * 5 + [False] * 4  # as a CPU has it: left to a second run
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    assert not any(found(out))
+    for wrong in (torch.nan, torch.inf, 1e3):
+        bad = out.clone()
+        bad[7, 4] = wrong
+        assert found(bad) == [row == 7 for row in range(9)]
+
+
+def test_an_infinity_in_fp16_is_taken_on_a_gpu_where_the_row_is_about_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    a, w = (outliers(*shape, seed=2).half() for shape in ((9, 64), (64, 12)))
+    a[3] *= 1e4
+    signs, kappa = Signs(3, CPU), CpuBench().kappa("mm", a)
+    out = a @ w
+    assert bool(out[3].isinf().any())
+    assert bool((gemm.row_readings(out, Operand(a), Operand(w), signs, kappa) <= 1).all())
+    out[5, 1] = torch.inf
+    readings = gemm.row_readings(out, Operand(a), Operand(w), signs, kappa)
+    assert [not value <= 1 for value in readings.tolist()] == [row == 5 for row in range(9)]
+
+
+def test_a_bf16_product_that_its_addend_cancels_is_quiet_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    a, w = (outliers(*shape, seed=2).abs().bfloat16() for shape in ((40, 512), (512, 48)))
+    d = (a.float() @ w.float()).bfloat16()
+    signs, kappa = Signs(3, CPU), CpuBench().kappa("mm", a)
+    plus = gemm.Addend.of(d, -1.0, 48, signs, True)
+    out = torch.addmm(d, a, w, beta=-1)
+    assert bool((gemm.row_readings(out, Operand(a), Operand(w), signs, kappa, 1.0, plus) <= 1).all())
+    out[7] += 0.1 * d[7]
+    readings = gemm.row_readings(out, Operand(a), Operand(w), signs, kappa, 1.0, plus)
+    assert [not value <= 1 for value in readings.tolist()] == [row == 7 for row in range(40)]
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_of_a_group_that_operands_leave_infinite_a_gpu_says_nothing(
+    by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = outliers(16, 8, seed=4, dtype=torch.bfloat16)
+    w = outliers(2, 8, 8, seed=5, dtype=torch.bfloat16) if by_rows else outliers(16, 8, seed=5, dtype=torch.bfloat16)
+    a[3, 3] = torch.inf
+    given = (a, w) if by_rows else (a.t(), w)
+    call = run(aten._grouped_mm.default, *given, torch.tensor([8, 16], dtype=torch.int32))
+    bad = (13, 2) if by_rows else (1, 2, 2)
+    for change, expected in ((0.0, False), (1e3, True)):
+        call.out[bad] += change
+        assert alarms(grouped.CHECKS, call)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "is_cuda", True)
+            assert alarms(grouped.CHECKS, call) is expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -28,6 +29,9 @@ def scores(rows: int, n: int, seed: int, dtype: Any = torch.float32, scale: floa
         x = (x / scale).round() * scale
     if seed % 5 == 0 and n > 2:
         x[::2, 1::2] = -torch.inf
+    if seed % 7 == 0:
+        x[::3, seed % n] = torch.inf
+        x[1::3, seed % 4 :: 4] = torch.nan
     return x
 
 
@@ -89,11 +93,43 @@ def test_an_order_with_a_pair_of_indices_off_by_opposite_amounts_alarms() -> Non
     assert not alarms(CHECKS, with_result(call, torch.tensor([[3, 1, 0, 2]]), 1))
 
 
-def test_a_score_that_is_not_a_number_is_a_nan_reading() -> None:
-    x = torch.tensor([[1.0, math.nan, 2.0], [1.0, 2.0, 3.0]])
-    for call in (run(aten.topk.default, x, 2), run(aten.sort.default, x)):
-        (found,) = checked(CHECKS, call)
-        assert found.readings.isnan().tolist() == [True, False]
+def test_a_score_that_is_not_a_number_is_the_largest() -> None:
+    nan, inf = math.nan, math.inf
+    x = torch.tensor([[1.0, nan, 2.0, nan, inf]])
+    for largest in (True, False):
+        for k in range(1, 6):
+            call = run(aten.topk.default, x, k, -1, largest)
+            assert worst(CHECKS, call) == 0.0
+            for index in permutations(range(5), k):
+                wrong = with_result(with_result(call, x[:, list(index)], 0), torch.tensor([index]), 1)
+                seen = [str(float(x[0, place])) for place in index]
+                assert alarms(CHECKS, wrong) is (seen != [str(value) for value in call.out[0][0].tolist()])
+    for descending in (True, False):
+        call = run(aten.sort.default, x, -1, descending)
+        assert worst(CHECKS, call) == 0.0
+        moved = torch.tensor([[1, 0, 2, 3, 4]])
+        wrong = with_result(with_result(call, call.out[0].gather(1, moved), 0), call.out[1].gather(1, moved), 1)
+        assert alarms(CHECKS, wrong) is not descending  # the two largest are both NaN
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(4, 200), st.sampled_from(DTYPES), st.integers(0, 3), SEEDS)
+def test_running_sums_over_infinities_and_nan_are_what_those_leave(n: int, dtype: Any, kind: int, seed: int) -> None:
+    x = outliers(3, n, seed=seed, dtype=dtype)
+    place = 1 + seed % (n - 2)
+    x[1, place] = (torch.inf, -torch.inf, torch.nan, torch.inf)[kind]
+    if kind == 3:
+        x[1, -1] = -torch.inf
+    call = run(aten.cumsum.default, x, 1)
+    assert worst(CHECKS, call) <= 1.0
+    for at, value in ((place, 0.0), (n - 1, torch.nan if kind < 2 else 1.0), (place, -x[1, place])):
+        bad = call.out.clone()
+        bad[1, at] = value
+        same = torch.equal(bad.nan_to_num(7.0), call.out.nan_to_num(7.0))
+        assert alarms(CHECKS, with_result(call, bad)) is not same
+    bad = call.out.clone()
+    bad[1, place - 1] += x[1][x[1].isfinite()].float().abs().sum().to(dtype)  # before it
+    assert alarms(CHECKS, with_result(call, bad))
 
 
 def test_nothing_and_scalars_are_quiet() -> None:

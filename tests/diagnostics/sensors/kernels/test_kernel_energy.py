@@ -85,6 +85,17 @@ def test_a_wrong_element_alarms_in_its_row_and_a_small_one_does_not(wrong: float
     assert float(readings(below, left, right).max()) <= 1
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_of_a_row_that_is_not_finite_nothing_is_said() -> None:
+    left, right = normal(40, 200, seed=1), normal(200, 96, seed=2)
+    left[3, 5] = torch.nan
+    c = left @ right
+    assert float(readings(c, left, right)[3]) == 0.0
+    c[7, 11] = torch.nan
+    found = readings(c, left, right).tolist()
+    assert [i for i, reading in enumerate(found) if not reading <= 1] == [7]
+
+
 def test_nothing_but_zeros_reads_nothing() -> None:
     left, right = torch.zeros(20, 30).bfloat16(), normal(30, 8, seed=3)
     assert readings(left @ right, left, right).tolist() == [0.0] * 20

@@ -1,0 +1,66 @@
+"""What an identity cannot judge since the operands are not finite: the operator is run again, bit for bit, on a CPU.
+
+An infinity or NaN among the operands (a mask's -inf, a scaled loss that overflowed, a mean over nothing) reaches the
+rows that read it, on both sides of an identity, and their readings are not finite either. These rows are left out; the
+others stand. Where all operands are finite such a reading is the alarm that it was. Results in fp16 that hold an
+infinity, which is what there is beyond 65,504, are run again likewise; those of products are not (`beyond`).
+
+Elsewhere than on a CPU nobody asks: the host would wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from diagnostics.sensors import gemm, recompute
+from diagnostics.sensors.beyond import all_finite
+from diagnostics.sensors.gemm import Addend
+from diagnostics.sensors.operation import Bench, Call, Checked, Unsupported
+
+# Operands of which an identity knows what their infinities mean.
+_KNOWN = frozenset({"attn_mask", "attn_bias", "logsumexp"})
+
+
+def decided(checks: Iterable[Checked], call: Call, bench: Bench) -> Iterator[Checked]:
+    """The checks of a call, of which rows that they cannot judge are left to a second run.
+
+    Raises Unsupported, after the others, where there can be none: what the operator wrote over was not kept.
+    """
+    found = list(checks)
+    if all(_is_finite(one.readings) for one in found) or not _is_undecided(call):
+        yield from found
+        return
+    for one in found:
+        yield one._replace(readings=torch.where(one.readings.isfinite(), one.readings, 0.0))
+    if isinstance(call.before, Addend):
+        raise Unsupported("operands that are not finite, one of which was written over")
+    yield from recompute.check_target(call, bench)
+
+
+def _is_finite(readings: Tensor) -> bool:
+    return readings.is_cuda or math.isfinite(float(readings.sum()))
+
+
+def _is_undecided(call: Call) -> bool:
+    if not all(all_finite(t) for t in _operands(call)):
+        return True
+    results = [t for t in tree_leaves(call.out) if isinstance(t, Tensor) and t.dtype == torch.float16]
+    return call.func.overloadpacket not in gemm.CHECKS and any(bool(t.isinf().any()) for t in results)
+
+
+def _operands(call: Call) -> Iterator[Tensor]:
+    """What the operator read, as far as it is still there or was kept."""
+    before = call.before.along if isinstance(call.before, Addend) else call.before
+    written = {t.data_ptr() for t in tree_leaves(call.out) if isinstance(t, Tensor)}
+    for place, declared in enumerate(call.func._schema.arguments):
+        if declared.name not in _KNOWN:
+            value = call.args[place] if place < len(call.args) else call.kwargs.get(declared.name)
+            leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            yield from (leaf for leaf in leaves if leaf.data_ptr() not in written)
+    if isinstance(before, Tensor):
+        yield before
