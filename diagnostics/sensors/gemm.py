@@ -41,7 +41,7 @@ from diagnostics.sensors.beyond import all_finite, shrunk
 from diagnostics.sensors.operand import Operand
 from diagnostics.sensors.operation import Before, Bench, Call, Check, Checked, Unsupported
 from diagnostics.sensors.rounded import energy_readings, mean_gain
-from diagnostics.sensors.rows import PER_DIFFERENCE, alike, bounded, combined, rows_of
+from diagnostics.sensors.rows import PER_DIFFERENCE, alike, bounded, combined, rows_of, some_strange
 from diagnostics.sensors.signs import PROBES, Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
@@ -195,7 +195,7 @@ def _added(call: Call, bench: Bench) -> Iterable[Checked]:
     checked = _checked(call.out, left, right, bench, there, beta, alpha, plus)
     yield checked
     closes = there is not None and there.dim() > 1 and there.shape[-2] > 1  # a mask does, no bias
-    if there is not None and closes and (call.out.is_cuda or not bool(checked.readings.isfinite().all())):
+    if there is not None and closes and (call.out.is_cuda or some_strange(checked.readings)):
         yield Checked(SENSOR, "out", infinite_readings(call.out, there, beta), tuple(call.out.shape), exact=True)
 
 
@@ -229,8 +229,7 @@ def _checked(
     if out.numel() == 0:
         return Checked(SENSOR, "out", out.new_zeros(0, dtype=torch.float32), tuple(out.shape))
     readings = row_readings(out, bench.operand(left), bench.operand(right), bench.signs, kappa, alpha, plus)
-    strange = out.device.type == "cpu" and not bool(readings.isfinite().all())
-    if strange and (plus is None or added is not None):
+    if out.device.type == "cpu" and some_strange(readings) and (plus is None or added is not None):
         given = [t for t in (left, right, added) if t is not None]
         if all(all_finite(t) for t in given):
             readings = _beyond(out, left, right, bench.signs, kappa, added, alpha, beta)

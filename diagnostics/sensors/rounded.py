@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.sensors.operand import Operand
-from diagnostics.sensors.rows import bounded
+from diagnostics.sensors.rows import bounded, some_strange
 from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
@@ -64,8 +64,10 @@ def on_device(device: torch.device) -> Any:
 
 def mean_gain(estimate: Tensor, squares: Tensor) -> Tensor:
     """[..., 1]: the sum of estimates [..., M] of ||C_i||^2 over that of squares [..., M], ||A_i||^2, where finite."""
-    finite = estimate.isfinite() & squares.isfinite()
-    kept, of = (torch.where(finite, each, 0.0).sum(-1, keepdim=True) for each in (estimate, squares))
+    kept, of = (each.sum(-1, keepdim=True) for each in (estimate, squares))
+    if kept.is_cuda or some_strange(kept + of):
+        finite = estimate.isfinite() & squares.isfinite()
+        kept, of = (torch.where(finite, each, 0.0).sum(-1, keepdim=True) for each in (estimate, squares))
     # At most so much where A is all zeros and D is not: no infinity, whose product with 0 is NaN.
     return (kept / of.clamp(min=NORM_FLOOR**2)).clamp_(max=NORM_FLOOR**-2)
 

@@ -91,9 +91,14 @@ def alike(c: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(torch.linalg.vector_norm(c, dim=-1, dtype=torch.float32), size)
 
 
+def some_strange(readings: Tensor) -> bool:
+    """Whether a reading is an infinity or NaN, none being negative; waits for the device."""
+    return not math.isfinite(float(readings.sum()))
+
+
 def bounded(limit: Tensor) -> Tensor:
     """On a CPU NaN, which is an alarm, for a limit that is infinite since squares overflowed; elsewhere as it is."""
-    return limit if limit.is_cuda else torch.where(limit == torch.inf, torch.nan, limit)
+    return limit if limit.is_cuda else limit.nan_to_num(nan=math.nan, posinf=math.nan)
 
 
 def worst_element(out: Tensor, expected: Tensor, limit: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ Elsewhere than on a CPU nobody asks: the host would wait for the device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -21,6 +20,7 @@ from diagnostics.sensors import gemm, recompute
 from diagnostics.sensors.beyond import all_finite
 from diagnostics.sensors.gemm import Addend
 from diagnostics.sensors.operation import Bench, Call, Checked, Unsupported
+from diagnostics.sensors.rows import some_strange
 
 # Operands of which an identity knows what their infinities mean.
 _KNOWN = frozenset({"attn_mask", "attn_bias", "logsumexp"})
@@ -32,7 +32,7 @@ def decided(checks: Iterable[Checked], call: Call, bench: Bench) -> Iterator[Che
     Raises Unsupported, after the others, where there can be none: what the operator wrote over was not kept.
     """
     found = list(checks)
-    if all(_is_finite(one.readings) for one in found) or not _is_undecided(call):
+    if not any(not one.readings.is_cuda and some_strange(one.readings) for one in found) or _is_clear(call):
         yield from found
         return
     for one in found:
@@ -42,15 +42,12 @@ def decided(checks: Iterable[Checked], call: Call, bench: Bench) -> Iterator[Che
     yield from recompute.check_target(call, bench)
 
 
-def _is_finite(readings: Tensor) -> bool:
-    return readings.is_cuda or math.isfinite(float(readings.sum()))
-
-
-def _is_undecided(call: Call) -> bool:
+def _is_clear(call: Call) -> bool:
+    """Whether what is not finite was made of what is, by an operator whose results end where fp32 does."""
     if not all(all_finite(t) for t in _operands(call)):
-        return True
+        return False
     results = [t for t in tree_leaves(call.out) if isinstance(t, Tensor) and t.dtype == torch.float16]
-    return call.func.overloadpacket not in gemm.CHECKS and any(bool(t.isinf().any()) for t in results)
+    return call.func.overloadpacket in gemm.CHECKS or not any(bool(t.isinf().any()) for t in results)
 
 
 def _operands(call: Call) -> Iterator[Tensor]:
