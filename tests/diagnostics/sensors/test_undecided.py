@@ -213,6 +213,28 @@ def test_what_is_not_finite_though_all_that_was_given_is_alarms(value: float) ->
         assert {alarm.sensor for alarm in step.alarms} - {"recompute"}
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_of_grouped_products_rows_of_no_group_are_not_compared(by_rows: bool) -> None:
+    a = outliers(16, 8, seed=4, dtype=torch.bfloat16)
+    w = outliers(2, 8, 8, seed=5, dtype=torch.bfloat16) if by_rows else outliers(16, 8, seed=5, dtype=torch.bfloat16)
+    a[3, 3] = torch.inf
+    given = (a, w) if by_rows else (a.t(), w)
+    offs = torch.tensor([4, 10], dtype=torch.int32)
+
+    def leave_rows(out: Tensor) -> None:  # what nobody has written is whatever was there
+        if by_rows:
+            out[10:] = 7.0
+
+    def change(out: Tensor) -> None:
+        leave_rows(out)
+        out.view(torch.int16)[(2, 2) if by_rows else (0, 2, 2)] ^= 1
+
+    work = lambda: torch._grouped_mm(*given, offs=offs)  # noqa: E731
+    with torch.no_grad():
+        assert step_of(work, Change(aten._grouped_mm, leave_rows)).clean
+        assert not step_of(work, Change(aten._grouped_mm, change)).clean
+
+
 def test_an_infinite_matrix_that_a_product_was_written_over_is_not_covered() -> None:
     x, guard = strange(2_000_004, 6, 6), Guard(nn.Linear(1, 1))
     with guard.step(1) as step, torch.no_grad():
