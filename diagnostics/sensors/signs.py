@@ -35,10 +35,9 @@ class Signs:
         """
         found = self._drawn.get(n)
         if found is None:
-            sizes = (
-                torch.rand(n, generator=self._generator(n, salt=3), device=self._device).mul_(2 - 2 * LEAST).add_(LEAST)
-            )
-            found = self._drawn[n] = self._draw((n,), salt=1).mul_(sizes)
+            generator = self._generator(n, salt=3)
+            sizes = torch.rand(n, generator=generator, dtype=torch.float32, device=self._device)
+            found = self._drawn[n] = self._draw((n,), salt=1).mul_(sizes.mul_(2 - 2 * LEAST).add_(LEAST))
         return found
 
     def probes(self, n: int, dtype: torch.dtype) -> Tensor:

@@ -183,7 +183,7 @@ class Remembers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         if self.how == "in place":
-            y = y * self.state
+            y = y * self.state.clone()  # autograd would refuse what was written since it was saved
             with torch.no_grad():
                 self.state.add_(0.5)
         elif self.how == "through data":
