@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diagnostics.sensors import fingerprints, recompute, saved
 from diagnostics.sensors.announced import Announced, inside_announced
+from diagnostics.sensors.arguments import written_by
 from diagnostics.sensors.coverage import Coverage, broken
 from diagnostics.sensors.fingerprints import UNMATCHED, Fingerprints
 from diagnostics.sensors.gemm import KERNEL, fp32_precision, row_readings
@@ -90,7 +91,7 @@ class Inspection:
         if plan.check is None or not self._sampler.draws(self._key, self._calls, share):
             out = func(*args, **kwargs)
             if plan.writes:
-                self.tried(plan.name, lambda: self._operands.forget(recompute.written_by(func, args, kwargs)))
+                self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
             self.tried(plan.name, lambda: self._pass_by(plan, args, out))
             self._fingerprint(plan, Call(func, args, kwargs, out))
             return out
@@ -100,7 +101,7 @@ class Inspection:
         out = func(*args, **kwargs)
         looked = time.perf_counter()
         if plan.writes:
-            self.tried(plan.name, lambda: self._operands.forget(recompute.written_by(func, args, kwargs)))
+            self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
         self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self.seconds += time.perf_counter() - looked + ran - begin
         self._fingerprint(plan, Call(func, args, kwargs, out))

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from diagnostics.sensors.arguments import targets
+
 # aten's names by class, for operators that torch's own tags (pointwise, reduction, ...) do not place.
 _FAMILIES = {
     "product": "mm addmm bmm baddbmm addbmm mv addmv dot vdot addr _grouped_mm _scaled_mm _scaled_grouped_mm _int_mm",
@@ -39,19 +41,6 @@ _FAMILIES = {
 }
 _KINDS = {name: kind for kind, names in _FAMILIES.items() for name in names.split()}
 
-#: Arguments that an operator writes to although its schema does not say so: running statistics, in training.
-WRITTEN_UNSAID = dict.fromkeys(
-    (
-        "native_batch_norm",
-        "cudnn_batch_norm",
-        "miopen_batch_norm",
-        "batch_norm_update_stats",
-        "batch_norm_gather_stats",
-        "batch_norm_gather_stats_with_counts",
-    ),
-    ("running_mean", "running_var"),
-)
-
 # Optimizers' operators over lists of tensors: each element is computed by itself.
 _ELEMENTWISE = ("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad")
 
@@ -73,7 +62,7 @@ def is_view(func: torch._ops.OpOverload) -> bool:
 @cache
 def is_in_place(func: torch._ops.OpOverload) -> bool:
     """Whether the operator writes to an argument (`out=` overloads included), whether its schema says so or not."""
-    return bool(func._schema.is_mutable) or name_of(func) in WRITTEN_UNSAID
+    return bool(targets(func))
 
 
 @cache

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from diagnostics.sensors.kinds import WRITTEN_UNSAID, is_in_place, kind_of, name_of
+from diagnostics.sensors.arguments import read_by, targets, tensors, written_by
+from diagnostics.sensors.kinds import is_in_place, kind_of, name_of
 from diagnostics.sensors.operation import Before, Bench, Call, Checked, Unsupported
 from diagnostics.sensors.piecewise import gives_again
 from diagnostics.sensors.rows import argument, copy_of, differences, no_differences, rows_of
@@ -123,7 +123,7 @@ def overwritten(func: torch._ops.OpOverload) -> Before:
     """
 
     def keep(args: tuple[Any, ...], kwargs: dict[str, Any], bench: Bench) -> Overwritten | None:
-        written, given = written_by(func, args, kwargs), _arguments(func, args, kwargs, written=False)
+        written, given = written_by(func, args, kwargs), read_by(func, args, kwargs)
         if not any(_meet(_extent(each), _extent(target)) for each in given for target in written):
             return None
         return Overwritten(*_with_copies(func, args, kwargs))
@@ -207,36 +207,13 @@ def _meet(one: tuple[int, tuple[int, int]], other: tuple[int, tuple[int, int]]) 
 def _made_by(func: torch._ops.OpOverload, returned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """What an operator made: what it returned, and what it wrote to where that is not returned."""
     found = tensors(returned)
-    unsaid = name_of(func) in WRITTEN_UNSAID
+    unsaid = any(not target.declared for target in targets(func))
     return found + written_by(func, args, kwargs) if unsaid or not found else found
-
-
-def written_by(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that `func` writes to."""
-    return _arguments(func, args, kwargs, written=True)
-
-
-def _arguments(
-    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], written: bool
-) -> list[Tensor]:
-    """The tensors in the arguments that `func` writes to, or in the others."""
-    found: list[Tensor] = []
-    unsaid = WRITTEN_UNSAID.get(name_of(func), ())
-    for place, declared in enumerate(func._schema.arguments):
-        writes = declared.alias_info is not None and declared.alias_info.is_write
-        if (writes or declared.name in unsaid) == written:
-            found += tensors(args[place] if place < len(args) else kwargs.get(declared.name))
-    return found
 
 
 def results_of(func: torch._ops.OpOverload, returned: int) -> int:
     """How many of the `returned` results hold values: of fused attention the first ones."""
     return min(returned, _RESULTS.get(name_of(func), returned))
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """The tensors in an operator's result."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def dropout_of(call: Call) -> float | None:

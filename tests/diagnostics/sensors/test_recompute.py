@@ -96,6 +96,7 @@ def test_a_defect_that_repeats_is_not_seen() -> None:
 
         _schema = aten.silu.default._schema
         overloadpacket = aten.silu
+        namespace = "aten"
         tags = aten.silu.default.tags
 
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
