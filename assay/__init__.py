@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diagnostics.health import Alarm
     from diagnostics.sensors.coverage import CoverageRow
-    from diagnostics.sensors.guard import Guard, GuardedStep, NothingToCheck
+    from diagnostics.sensors.guard import Guard
+    from diagnostics.sensors.guarded_step import GuardedStep, NothingToCheck
     from diagnostics.sensors.loops import TrainerCallback, lightning_callback
 
 __all__ = [
@@ -37,8 +38,8 @@ _HOMES = {
     "Alarm": "diagnostics.health",
     "CoverageRow": "diagnostics.sensors.coverage",
     "Guard": "diagnostics.sensors.guard",
-    "GuardedStep": "diagnostics.sensors.guard",
-    "NothingToCheck": "diagnostics.sensors.guard",
+    "GuardedStep": "diagnostics.sensors.guarded_step",
+    "NothingToCheck": "diagnostics.sensors.guarded_step",
     "TrainerCallback": "diagnostics.sensors.loops",
     "lightning_callback": "diagnostics.sensors.loops",
 }

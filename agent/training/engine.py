@@ -30,7 +30,8 @@ from agent.training.seals import Seals
 from agent.training.shards import ShardLayout
 from agent.training.spec import JobSpec, Mesh
 from diagnostics.sensors.digest import chain, digest
-from diagnostics.sensors.guard import Guard, GuardedStep
+from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.guarded_step import GuardedStep
 from diagnostics.sensors.tolerance import parse_table, shipped_table
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from itertools import islice
-from types import TracebackType
+from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.health import Alarm
-from diagnostics.sensors.aside import standing
 from diagnostics.sensors.coverage import Coverage, CoverageRow
-from diagnostics.sensors.inspection import Inspection
-from diagnostics.sensors.outlay import seconds_an_operator
+from diagnostics.sensors.given import alarms_of, check_guard, key_of
+from diagnostics.sensors.guarded_step import GuardedStep
 from diagnostics.sensors.places import Places
-from diagnostics.sensors.quiet import quiet
-from diagnostics.sensors.readings import ReadingLog, Site
-from diagnostics.sensors.regions import follow
-from diagnostics.sensors.rows import PER_DIFFERENCE
-from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
-from diagnostics.sensors.saved import Saved
-from diagnostics.sensors.statistics import Comparison, Histories, Statistic
+from diagnostics.sensors.readings import ReadingLog
+from diagnostics.sensors.sampling import Sampler
+from diagnostics.sensors.statistics import Histories
 from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
 from diagnostics.sensors.upkeep import Upkeep
-from diagnostics.sensors.watch import CompiledEyes, Eyes, Keeper, has_compiled
 
-FINITE, KEPT = "finite", "kept"
 _COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
-
-
-class NothingToCheck(RuntimeError):
-    """A guarded step ran no operator that any check covers; the message says what ran and why it was not checked."""
 
 
 class Guard:
@@ -61,6 +45,7 @@ class Guard:
         fingerprints: whether what activation checkpointing makes again is compared with what the forward made.
 
     Raises:
+        TypeError: an argument is of another type than it must be.
         ValueError: tolerance_scale or budget is not a positive finite number, or `again` not in 0..1.
     """
 
@@ -75,6 +60,8 @@ class Guard:
         table: ToleranceTable | None = None,
         fingerprints: bool = True,
     ) -> None:
+        numbers = {"again": again, "tolerance_scale": tolerance_scale}
+        check_guard(model, optimizer, table, numbers if budget is None else numbers | {"budget": budget})
         if not 0 <= again <= 1:
             raise ValueError(f"again is {again}, must be a share in 0..1")
         self.enabled = enabled
@@ -86,9 +73,10 @@ class Guard:
         self.widening = Widening(tolerance_scale)
         self.sampler = Sampler(budget)
         self.upkeep = Upkeep(model, optimizer, self.sampler) if optimizer is not None and enabled else None
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = _device(model)
         self.log = ReadingLog(self.device)
         self.histories = Histories()
+        self._model = model
         self.current: GuardedStep | None = None
         self.account = Coverage()
         self._failures = 0  # of the checks of all steps but the current one
@@ -99,15 +87,24 @@ class Guard:
     def step(self, key: int | None = None) -> GuardedStep:
         """One step's forward and backward, as a context manager. The same key draws the same signs.
 
-        Without a key steps are numbered. The context raises NothingToCheck at its end when no operator of any step so
-        far was covered by a check.
+        Without a key steps are numbered. The context is entered once, and raises NothingToCheck at its end when no
+        operator of any step so far was covered by a check. Raises RuntimeError while another step of this guard is
+        under way, and when the model has no memory yet.
         """
+        key = self._steps + 1 if key is None else key_of(key)
         if self.current is not None:
+            if self.current.under_way:
+                raise RuntimeError("a step of this guard is under way: leave its `with` block before the next begins")
             self.current.settle()
             self._failures += self.current.failures
         self.log.clear()
+        device = _device(self._model)
+        if self.enabled and device.type == "meta":
+            raise RuntimeError("the model is on the meta device, where nothing is computed: give it memory first")
+        if device != self.device:
+            self.device, self.log = device, ReadingLog(device)
         self._steps += 1
-        self.current = GuardedStep(self, self._steps if key is None else key)
+        self.current = GuardedStep(self, key)
         return self.current
 
     @property
@@ -145,215 +142,18 @@ class Guard:
         them). Alarms that are exact or not finite widen nothing: no tolerance could have admitted them.
         """
         worst: dict[tuple[str, str], float] = {}
-        for alarm in alarms:
+        for alarm in alarms_of(alarms):
             key = (alarm.sensor, alarm.pass_)
             if math.isfinite(alarm.reading) and not alarm.exact:
                 worst[key] = max(worst.get(key, 0.0), alarm.reading)
         return sum(self.widening.widen(sensor, pass_, reading) for (sensor, pass_), reading in sorted(worst.items()))
 
 
-class GuardedStep:
-    """What the sensors saw in one step. Reading any of clean, worst, alarms or evidence waits for the device once."""
-
-    def __init__(self, guard: Guard, key: int) -> None:
-        self._guard = guard
-        self._key = key
-        self._modes = ExitStack()
-        self._eyes: Eyes | None = None
-        self._begun = 0.0
-        self._scalars: list[tuple[Sequence[str], Tensor | Sequence[float], float]] = []
-        self._settled: tuple[float, list[Alarm], Comparison, int] | None = None
-        self._inspection = Inspection(
-            key,
-            guard.places,
-            guard.log,
-            guard.account,
-            guard.sampler,
-            guard.table,
-            guard.widening,
-            guard.device,
-            guard.again,
-            guard.fingerprints,
-        )
-
-    def __enter__(self) -> GuardedStep:
-        guard = self._guard
-        if guard.enabled:
-            if guard.upkeep is not None:
-                self._look_back(guard.upkeep)
-            guard.places.begin(self._modes, follow=not guard.compiled)
-            kind = CompiledEyes if guard.compiled or has_compiled() else Eyes
-            self._eyes = self._modes.enter_context(kind(self._inspection))
-            if guard.fingerprints:
-                follow(self._modes)
-            if not guard.compiled:
-                self._modes.enter_context(Keeper(self._eyes))
-                self._modes.enter_context(standing(Saved(self._inspection)))
-            self._begun = time.perf_counter()
-        return self
-
-    def _look_back(self, upkeep: Upkeep) -> None:
-        """What the optimizer did since the last step, and whether the state is still what it wrote."""
-        for site in upkeep.found():
-            self._guard.log.append(site, torch.full((1,), math.inf))
-        for operation, checked, reason in upkeep.looked():
-            self._guard.account.count("<optimizer>", operation, "step", checked, reason)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        took = time.perf_counter() - self._begun
-        self._modes.close()
-        self._inspection.end()
-        guard = self._guard
-        if not guard.enabled:
-            return
-        self._account_for(took)
-        if kind is None and not guard.account.checked and not len(guard.log) and not guard.failures:
-            rows = guard.coverage()
-            if all(row.reason != NOT_DRAWN for row in rows):
-                raise NothingToCheck(_nothing(rows))
-
-    def _account_for(self, took: float) -> None:
-        """Tell the sampler what forward and backward took, and the checks in them and since the step before."""
-        guard, eyes = self._guard, self._eyes
-        if guard.sampler.budget is None or eyes is None:
-            return
-        aside = 0.0 if guard.upkeep is None else guard.upkeep.spent()
-        watching = self._inspection.operators * seconds_an_operator(isinstance(eyes, CompiledEyes))
-        guard.sampler.spent(self._inspection.seconds + aside, took + aside, watching)
-
-    def abandon(self) -> None:
-        """Leave the step's context without an account: it was cut short."""
-        self._modes.close()
-        self._inspection.end()
-
-    @property
-    def seconds(self) -> float:
-        """What the step's checks took, the host's time."""
-        return self._inspection.seconds
-
-    @property
-    def operators(self) -> int:
-        """How many operators were looked at, drawn or not."""
-        return self._inspection.operators
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Calls that their check could not judge, by reason."""
-        return self._inspection.skipped
-
-    @property
-    def failures(self) -> int:
-        """Checks that failed themselves in this step; their calls are among those in `skipped`."""
-        return self._inspection.failures
-
-    @property
-    def clean(self) -> bool:
-        """True when no reading is `not (reading <= 1)`; with the guard disabled there are none."""
-        return self.worst <= 1.0
-
-    @property
-    def worst(self) -> float:
-        """The largest reading; NaN when one is NaN; 0.0 when there is none."""
-        return self.settle()[0]
-
-    @property
-    def alarms(self) -> list[Alarm]:
-        """Every alarm, in the order the checks were made."""
-        return self.settle()[1]
-
-    @property
-    def evidence(self) -> list[Statistic]:
-        """What was observed, with its robust z: beside an alarm it is evidence, alone it is nothing."""
-        return self.settle()[2].all()
-
-    def unusual(self, count: int) -> list[Statistic]:
-        """The `count` scalars of `evidence` that are least like the steps before."""
-        return self.settle()[2].largest(count)
-
-    @property
-    def first_alarm(self) -> int | None:
-        """The number, from 0, of the first check that alarmed; None when clean, and once the next step has begun."""
-        current = self._guard.current is self
-        return None if self.clean or not current else self._guard.log.first_alarm()
-
-    @property
-    def checks(self) -> int:
-        """How many checks were made."""
-        return self._settled[3] if self._settled is not None else len(self._guard.log)
-
-    def observe(self, name: str, value: Tensor | float, remember: bool = True) -> None:
-        """Remember a scalar (loss, gradient norm) for the statistics; alarm if it is not finite."""
-        tensor = torch.as_tensor(value, dtype=torch.float32, device=self._guard.device).detach()
-        if remember:
-            self._scalars.append(((name,), tensor.reshape(1), 0.0))
-        self.check_finite(name, tensor)
-
-    def observe_all(self, names: Sequence[str], values: Tensor | Sequence[float], least: float = 0.0) -> None:
-        """Remember scalars [names] for the statistics alone: whatever they are, nothing alarms. No host sync.
-
-        `least` is the smallest spread that they are measured by: what changes by less is not unusual.
-        """
-        self._scalars.append((names, values, least))
-
-    def check_finite(self, name: str, tensor: Tensor) -> None:
-        """Alarm if any element is not finite. One pass over the tensor, no host sync."""
-        if not self._guard.enabled or self._settled is not None or tensor.numel() == 0:
-            return
-
-        def read() -> None:
-            low, high = torch.aminmax(tensor.detach())
-            reading = (low * 0 + high * 0).float()  # 0 if finite, NaN if not: inf * 0 and NaN * 0 are NaN
-            site = Site(FINITE, name, "value", "step", tuple(tensor.shape))
-            self._guard.log.append(site, reading.reshape(1))
-
-        with quiet():
-            self._inspection.tried(FINITE, read)
-
-    def check_equal(self, name: str, tensor: Tensor, value: float) -> None:
-        """Alarm if any element is not `value`: of what is kept beside the graph and must not change. No host sync."""
-        if not self._guard.enabled or self._settled is not None:
-            return
-
-        def read() -> None:
-            reading = (tensor.detach() != value).any().float().mul_(PER_DIFFERENCE)
-            site = Site(KEPT, name, "value", "step", tuple(tensor.shape), exact=True)
-            self._guard.log.append(site, reading.reshape(1))
-
-        with quiet():
-            self._inspection.tried(KEPT, read)
-
-    def settle(self) -> tuple[float, list[Alarm], Comparison, int]:
-        """Read the device and keep what was seen; later readings of this step are ignored."""
-        if self._settled is None:
-            log = self._guard.log
-            if self._eyes is not None:
-                self._eyes.open = False
-            worst = log.worst()
-            alarms = [] if worst <= 1.0 else log.alarms()
-            self._settled = (worst, alarms, self._statistics(), len(log))
-        return self._settled
-
-    def _statistics(self) -> Comparison:
-        """All scalars that lie on the device come over in one tensor."""
-        there = [
-            value.detach().float().to(self._guard.device) for _, value, _ in self._scalars if isinstance(value, Tensor)
-        ]
-        over = iter(torch.cat(there).tolist() if there else ())
-        found: dict[str, tuple[float, float]] = {}
-        for names, value, least in self._scalars:
-            values = islice(over, len(names)) if isinstance(value, Tensor) else value
-            found.update((name, (one, least)) for name, one in zip(names, values, strict=True))
-        table = np.array([*found.values()]).reshape(-1, 2)
-        return self._guard.histories.add(self._key, tuple(found), table[:, 0], table[:, 1])
+def _device(model: nn.Module) -> torch.device:
+    """Where the model computes; a guard may be made of one on the meta device, before it gets its memory."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _is_compiled(module: nn.Module) -> bool:
     """Without importing the compiler, which takes seconds."""
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _nothing(rows: list[CoverageRow]) -> str:
-    if not rows:
-        return "the guarded step ran no operator: forward and backward belong inside `with guard.step()`"
-    reasons = "; ".join(sorted({f"{row.operation}: {row.reason}" for row in rows}))
-    return f"nothing in the guarded step can be checked: {reasons}"

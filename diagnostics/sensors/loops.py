@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from diagnostics.sensors.guard import Guard, GuardedStep
+from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.guarded_step import GuardedStep
 
 _log = logging.getLogger("assay")
 
@@ -33,7 +34,8 @@ class GuardedLoop:
         self._step: GuardedStep | None = None
 
     def start(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        """Training begins."""
+        """Training begins, perhaps anew, after a step that was cut short by an error."""
+        self.stop()
         self.guard = Guard(model, optimizer, **self._options)
 
     def begin(self) -> None:

@@ -147,6 +147,18 @@ def test_options_reach_the_guard(tmp_path: Path) -> None:
     assert callback.guard.again == 0.5
 
 
+def test_training_that_begins_anew_after_an_error_leaves_no_step_open() -> None:
+    callback = assay.TrainerCallback()
+    model = nn.Linear(2, 2)
+    for _ in range(2):
+        callback.on_train_begin(None, None, None, model=model)
+        assert torch._C._len_torch_dispatch_stack() == 0
+        callback.on_step_begin(None, None, None)
+        assert torch._C._len_torch_dispatch_stack() == 1  # and the library's loop raises
+    callback.on_train_end(None, None, None)
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
 def test_modules_of_lightning_are_named() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:

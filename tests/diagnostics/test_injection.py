@@ -13,7 +13,8 @@ from sample_model import Sample, batch, gradients
 from diagnostics.faults.corrupt import corrupt
 from diagnostics.faults.inject import Injector
 from diagnostics.faults.spec import KINDS, OPS, FaultSpec, FaultSpecError, Kind, Op
-from diagnostics.sensors.guard import Guard, GuardedStep
+from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.guarded_step import GuardedStep
 
 
 def run(model: Sample, spec: FaultSpec, guard: Guard | None = None) -> tuple[Injector, GuardedStep]:

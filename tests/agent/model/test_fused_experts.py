@@ -16,7 +16,8 @@ from agent.model.fused import Weights, routed_experts
 from agent.model.moe import MoE
 from diagnostics.faults.inject import Injector
 from diagnostics.faults.spec import KINDS, OPS, FaultSpec, Kind, Op
-from diagnostics.sensors.guard import Guard, GuardedStep
+from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.guarded_step import GuardedStep
 
 experts_module = importlib.import_module("agent.model.fused.experts")
 CONFIG = replace(PRESETS["tiny"].config, hidden_size=32, moe_intermediate_size=24)

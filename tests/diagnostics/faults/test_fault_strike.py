@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from diagnostics.faults.models import Damage, Fault
 from diagnostics.faults.sites import Census, Site
 from diagnostics.faults.strike import Blow, SavedFlip, StepDiffers, Strike, Triggered
-from diagnostics.sensors.guard import Guard, GuardedStep
+from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.guarded_step import GuardedStep
 
 
 class Seen(list[Damage]):

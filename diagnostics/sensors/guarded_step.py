@@ -1,0 +1,292 @@
+"""One step under a guard: puts the modes on for its forward and backward, and keeps what the sensors saw."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import islice
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diagnostics.health import Alarm
+from diagnostics.sensors.aside import standing
+from diagnostics.sensors.coverage import CoverageRow
+from diagnostics.sensors.given import check_scalar, check_tensor
+from diagnostics.sensors.inspection import Inspection
+from diagnostics.sensors.outlay import seconds_an_operator
+from diagnostics.sensors.quiet import quiet
+from diagnostics.sensors.readings import Site
+from diagnostics.sensors.regions import follow
+from diagnostics.sensors.rows import PER_DIFFERENCE
+from diagnostics.sensors.sampling import NOT_DRAWN
+from diagnostics.sensors.saved import Saved
+from diagnostics.sensors.statistics import Comparison, Statistic
+from diagnostics.sensors.upkeep import Upkeep
+from diagnostics.sensors.watch import CompiledEyes, Eyes, Keeper, has_compiled
+
+if TYPE_CHECKING:
+    from diagnostics.sensors.guard import Guard
+
+FINITE, KEPT = "finite", "kept"
+
+
+class NothingToCheck(RuntimeError):
+    """A guarded step ran no operator that any check covers; the message says what ran and why it was not checked."""
+
+
+class Seen(NamedTuple):
+    """What a step's readings come to."""
+
+    worst: float
+    alarms: list[Alarm]
+    evidence: Comparison
+    checks: int
+
+
+class GuardedStep:
+    """What the sensors saw in one step. Reading any of clean, worst, alarms or evidence waits for the device once.
+
+    Within its block they tell what was seen so far; afterwards the step is settled by the first that is asked, and
+    later readings are ignored. Asking a step whose block was never entered raises RuntimeError.
+    """
+
+    def __init__(self, guard: Guard, key: int) -> None:
+        self._guard = guard
+        self._key = key
+        self._modes = ExitStack()
+        self._eyes: Eyes | None = None
+        self._begun = 0.0
+        self._entered = self._left = False
+        self._scalars: list[tuple[Sequence[str], Tensor | Sequence[float], float]] = []
+        self._settled: Seen | None = None
+        self._inspection = Inspection(
+            key,
+            guard.places,
+            guard.log,
+            guard.account,
+            guard.sampler,
+            guard.table,
+            guard.widening,
+            guard.device,
+            guard.again,
+            guard.fingerprints,
+        )
+
+    def __enter__(self) -> GuardedStep:
+        guard = self._guard
+        if self._entered:
+            raise RuntimeError("a step is entered once: make one for each, `with guard.step() as step:`")
+        if guard.current is not self:
+            raise RuntimeError("a later step of this guard was made: enter that one, `with guard.step() as step:`")
+        self._entered = True
+        if guard.enabled:
+            if guard.upkeep is not None:
+                self._look_back(guard.upkeep)
+            guard.places.begin(self._modes, follow=not guard.compiled)
+            kind = CompiledEyes if guard.compiled or has_compiled() else Eyes
+            self._eyes = self._modes.enter_context(kind(self._inspection))
+            if guard.fingerprints:
+                follow(self._modes)
+            if not guard.compiled:
+                self._modes.enter_context(Keeper(self._eyes))
+                self._modes.enter_context(standing(Saved(self._inspection)))
+            self._begun = time.perf_counter()
+        return self
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the step's block has been entered and not left."""
+        return self._entered and not self._left
+
+    def _look_back(self, upkeep: Upkeep) -> None:
+        """What the optimizer did since the last step, and whether the state is still what it wrote."""
+        for site in upkeep.found():
+            self._guard.log.append(site, torch.full((1,), math.inf))
+        for operation, checked, reason in upkeep.looked():
+            self._guard.account.count("<optimizer>", operation, "step", checked, reason)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        took = time.perf_counter() - self._begun
+        self.abandon()
+        guard = self._guard
+        if not guard.enabled:
+            return
+        self._account_for(took)
+        if kind is None and not guard.account.checked and not len(guard.log) and not guard.failures:
+            rows = guard.coverage()
+            if all(row.reason != NOT_DRAWN for row in rows):
+                raise NothingToCheck(_nothing(rows))
+
+    def _account_for(self, took: float) -> None:
+        """Tell the sampler what forward and backward took, and the checks in them and since the step before."""
+        guard, eyes = self._guard, self._eyes
+        if guard.sampler.budget is None or eyes is None:
+            return
+        aside = 0.0 if guard.upkeep is None else guard.upkeep.spent()
+        watching = self._inspection.operators * seconds_an_operator(isinstance(eyes, CompiledEyes))
+        guard.sampler.spent(self._inspection.seconds + aside, took + aside, watching)
+
+    def abandon(self) -> None:
+        """Leave the step's context without an account: it was cut short."""
+        self._left = True
+        self._modes.close()
+        self._inspection.end()
+
+    @property
+    def seconds(self) -> float:
+        """What the step's checks took, the host's time."""
+        return self._inspection.seconds
+
+    @property
+    def operators(self) -> int:
+        """How many operators were looked at, drawn or not."""
+        return self._inspection.operators
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Calls that their check could not judge, by reason."""
+        return self._inspection.skipped
+
+    @property
+    def failures(self) -> int:
+        """Checks that failed themselves in this step; their calls are among those in `skipped`."""
+        return self._inspection.failures
+
+    @property
+    def clean(self) -> bool:
+        """True when no reading is `not (reading <= 1)`; with the guard disabled there are none."""
+        return self.worst <= 1.0
+
+    @property
+    def worst(self) -> float:
+        """The largest reading; NaN when one is NaN; 0.0 when there is none."""
+        return self._seen().worst
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """Every alarm, in the order the checks were made."""
+        return self._seen().alarms
+
+    @property
+    def evidence(self) -> list[Statistic]:
+        """What was observed, with its robust z: beside an alarm it is evidence, alone it is nothing."""
+        return self._seen().evidence.all()
+
+    def unusual(self, count: int) -> list[Statistic]:
+        """The `count` scalars of `evidence` that are least like the steps before."""
+        return self._seen().evidence.largest(count)
+
+    @property
+    def first_alarm(self) -> int | None:
+        """The number, from 0, of the first check that alarmed; None when clean, and once the next step has begun."""
+        current = self._guard.current is self
+        return None if self.clean or not current else self._guard.log.first_alarm()
+
+    @property
+    def checks(self) -> int:
+        """How many checks were made."""
+        return self._settled.checks if self._settled is not None else len(self._guard.log)
+
+    def observe(self, name: str, value: Tensor | float, remember: bool = True) -> None:
+        """Remember a scalar (loss, gradient norm) for the statistics; alarm if it is not finite.
+
+        Raises TypeError or ValueError when it is not one real number.
+        """
+        check_scalar(name, value)
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=self._guard.device).detach().reshape(())
+        if remember:
+            self._scalars.append(((name,), tensor.reshape(1), 0.0))
+        self.check_finite(name, tensor)
+
+    def observe_all(self, names: Sequence[str], values: Tensor | Sequence[float], least: float = 0.0) -> None:
+        """Remember scalars [names] for the statistics alone: whatever they are, nothing alarms. No host sync.
+
+        `least` is the smallest spread that they are measured by: what changes by less is not unusual.
+        """
+        self._scalars.append((names, values, least))
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        """Alarm if any element is not finite, of a complex one either part. One pass over the tensor, no host sync.
+
+        Raises TypeError when it is no tensor.
+        """
+        check_tensor(name, tensor)
+        if not self._guard.enabled or self._settled is not None or tensor.numel() == 0:
+            return
+
+        def read() -> None:
+            values = tensor.detach()
+            low, high = torch.aminmax(torch.view_as_real(values.resolve_conj()) if values.is_complex() else values)
+            reading = (low * 0 + high * 0).float()  # 0 if finite, NaN if not: inf * 0 and NaN * 0 are NaN
+            site = Site(FINITE, name, "value", "step", tuple(tensor.shape))
+            self._guard.log.append(site, reading.reshape(1))
+
+        with quiet():
+            self._inspection.tried(FINITE, read)
+
+    def check_equal(self, name: str, tensor: Tensor, value: float) -> None:
+        """Alarm if any element is not `value`: of what is kept beside the graph and must not change. No host sync.
+
+        Raises TypeError when it is no tensor.
+        """
+        check_tensor(name, tensor)
+        if not self._guard.enabled or self._settled is not None:
+            return
+
+        def read() -> None:
+            reading = (tensor.detach() != value).any().float().mul_(PER_DIFFERENCE)
+            site = Site(KEPT, name, "value", "step", tuple(tensor.shape), exact=True)
+            self._guard.log.append(site, reading.reshape(1))
+
+        with quiet():
+            self._inspection.tried(KEPT, read)
+
+    def settle(self) -> Seen:
+        """Read the device and keep what was seen; later readings of this step are ignored."""
+        if self._settled is None:
+            if self._eyes is not None:
+                self._eyes.open = False
+            self._settled = self._read()
+        return self._settled
+
+    def _seen(self) -> Seen:
+        if not self._entered:
+            raise RuntimeError(
+                "this step was never entered, so nothing was checked: forward and backward belong inside "
+                "`with guard.step() as step:`"
+            )
+        return self.settle() if self._left else self._read()
+
+    def _read(self) -> Seen:
+        log = self._guard.log
+        with quiet():
+            worst = log.worst()
+            alarms = [] if worst <= 1.0 else log.alarms()
+            return Seen(worst, alarms, self._statistics(), len(log))
+
+    def _statistics(self) -> Comparison:
+        """All scalars that lie on the device come over in one tensor."""
+        there = [
+            value.detach().float().to(self._guard.device) for _, value, _ in self._scalars if isinstance(value, Tensor)
+        ]
+        over = iter(torch.cat(there).tolist() if there else ())
+        found: dict[str, tuple[float, float]] = {}
+        for names, value, least in self._scalars:
+            values = islice(over, len(names)) if isinstance(value, Tensor) else value
+            found.update((name, (one, least)) for name, one in zip(names, values, strict=True))
+        table = np.array([*found.values()]).reshape(-1, 2)
+        return self._guard.histories.add(self._key, tuple(found), table[:, 0], table[:, 1])
+
+
+def _nothing(rows: list[CoverageRow]) -> str:
+    reasons = "; ".join(sorted({f"{row.operation}: {row.reason}" for row in rows}))
+    if any(row.calls for row in rows):
+        return f"nothing in the guarded step can be checked: {reasons}"
+    ran_none = "the guarded step ran no operator: forward and backward belong inside `with guard.step()`"
+    return f"{ran_none}; what cannot be seen: {reasons}" if rows else ran_none
