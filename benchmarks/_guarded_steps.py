@@ -188,7 +188,7 @@ class Bench:
         assert step is not None
         if guard.upkeep is not None:
             guard.upkeep.spent()
-        checks = sum(aside) + step.seconds + step.operators * seconds_an_operator(False)
+        checks = sum(aside) + step.seconds + step.operators * seconds_an_operator()
         cost.own.append(checks / (seconds - checks))
         cost.optimizer.append(sum(aside) / (seconds - checks))
         return seconds
@@ -235,7 +235,7 @@ class Bench:
         """What looking at a step's operators takes at least, drawn or not: a share of the plain step's time."""
         step = self.guards[name].current
         assert isinstance(step, GuardedStep)
-        return step.operators * seconds_an_operator(False) / statistics.median(self.plain)
+        return step.operators * seconds_an_operator() / statistics.median(self.plain)
 
     def covered(self, setting: Setting) -> Covered:
         """What the timed steps covered."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from agent.model import V3
 from agent.model.fp8 import Found
-from diagnostics.sensors.guard import GuardedStep
+from diagnostics.sensors.guarded_step import GuardedStep
 
 #: The least spread of a share: in most steps nothing of most tensors saturates or vanishes, and then a few in 10,000.
 SHARE = 1e-3

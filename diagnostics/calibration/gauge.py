@@ -109,6 +109,9 @@ class Gauge:
 
         self.read(out, check)
 
+    def not_seen(self, operation: str, reason: str) -> None:
+        """See `watch.Step`: what does not run here cannot be measured."""
+
     def draws_saved(self) -> bool:
         """See `saved.Watcher`: hashes have no constant."""
         return False

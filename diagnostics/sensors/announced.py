@@ -1,8 +1,8 @@
 """Products whose kernels torch's functions do not show (FP8, fused ones): announced by whoever makes them.
 
-Asking who watches is itself a torch function, so the function modes of the guard and of fault models answer it, in the
-forward. The answer is kept for the backward, where a function mode need not be active (`Tensor.backward` suspends it)
-and which may run in another thread. With nobody watching it costs one question.
+Asking who watches is itself a torch function, so the function modes of fault models answer it, in the forward; the
+guard is found by its dispatch mode. The answer is kept for the backward, where a function mode need not be active
+(`Tensor.backward` suspends it) and which may run in another thread. With nobody watching it costs one question.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -44,13 +45,22 @@ class Watcher(Protocol):
 def watchers(weight: Tensor) -> tuple[Watcher, ...]:
     """Who watches the products of `weight` now, in the order in which they are to be shown; call it in the forward.
 
-    A function mode answers with itself and what it finds below: first if it changes results (a fault model), last if
-    it reads them (a guard), so that faults lie below the sensors whichever mode was entered first.
+    A function mode, which changes results, answers with itself and what it finds below; those that read them, whose
+    dispatch mode has a `watcher`, come last: so faults lie below the sensors whichever mode was entered first.
     """
     if has_torch_function((weight,)):
         found: tuple[Watcher, ...] = handle_torch_function(watchers, (weight,), weight)
         return found
-    return ()
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(_guards())
+
+
+def _guards() -> Iterator[Watcher]:
+    for at in range(torch._C._len_torch_dispatch_stack()):
+        watcher: Watcher | None = getattr(torch._C._get_dispatch_stack_at(at), "watcher", None)
+        if watcher is not None:
+            yield watcher
 
 
 class _Depth(threading.local):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diagnostics.health import Alarm
+from diagnostics.sensors.compiler import is_compiled
 from diagnostics.sensors.coverage import Coverage, CoverageRow
 from diagnostics.sensors.given import alarms_of, check_guard, key_of
 from diagnostics.sensors.guarded_step import GuardedStep
@@ -19,8 +20,6 @@ from diagnostics.sensors.sampling import Sampler
 from diagnostics.sensors.statistics import Histories
 from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
 from diagnostics.sensors.upkeep import Upkeep
-
-_COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
 
 
 class Guard:
@@ -68,7 +67,7 @@ class Guard:
         self.again = again
         self.fingerprints = fingerprints
         self.places = Places(model)
-        self.compiled = any(_is_compiled(module) for module in model.modules())
+        self.compiled = any(is_compiled(module) for module in model.modules())
         self.table = table or shipped_table()
         self.widening = Widening(tolerance_scale)
         self.sampler = Sampler(budget)
@@ -81,8 +80,6 @@ class Guard:
         self.account = Coverage()
         self._failures = 0  # of the checks of all steps but the current one
         self._steps = 0
-        if self.compiled:
-            self.account.note("<compiled>", "fused kernels", _COMPILED)
 
     def step(self, key: int | None = None) -> GuardedStep:
         """One step's forward and backward, as a context manager. The same key draws the same signs.
@@ -152,8 +149,3 @@ class Guard:
 def _device(model: nn.Module) -> torch.device:
     """Where the model computes; a guard may be made of one on the meta device, before it gets its memory."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Without importing the compiler, which takes seconds."""
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None

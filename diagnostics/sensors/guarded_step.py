@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diagnostics.health import Alarm
 from diagnostics.sensors.aside import standing
+from diagnostics.sensors.compiler import has_compiled
 from diagnostics.sensors.coverage import CoverageRow
 from diagnostics.sensors.given import check_scalar, check_tensor
 from diagnostics.sensors.inspection import Inspection
@@ -28,12 +29,13 @@ from diagnostics.sensors.sampling import NOT_DRAWN
 from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import Comparison, Statistic
 from diagnostics.sensors.upkeep import Upkeep
-from diagnostics.sensors.watch import CompiledEyes, Eyes, Keeper, has_compiled
+from diagnostics.sensors.watch import Eyes, Keeper
 
 if TYPE_CHECKING:
     from diagnostics.sensors.guard import Guard
 
 FINITE, KEPT = "finite", "kept"
+COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
 
 
 class NothingToCheck(RuntimeError):
@@ -88,14 +90,16 @@ class GuardedStep:
         if guard.enabled:
             if guard.upkeep is not None:
                 self._look_back(guard.upkeep)
+            compiled = guard.compiled or has_compiled()
             guard.places.begin(self._modes, follow=not guard.compiled)
-            kind = CompiledEyes if guard.compiled or has_compiled() else Eyes
-            self._eyes = self._modes.enter_context(kind(self._inspection))
+            self._eyes = self._modes.enter_context(Eyes(self._inspection))
             if guard.fingerprints:
                 follow(self._modes)
+            if not compiled:
+                keeper = self._modes.enter_context(Keeper(self._eyes))
+                keeper.follow(self._modes)
             if not guard.compiled:
-                self._modes.enter_context(Keeper(self._eyes))
-                self._modes.enter_context(standing(Saved(self._inspection)))
+                self._modes.enter_context(standing(Saved(self._inspection, self._eyes.formulas)))
             self._begun = time.perf_counter()
         return self
 
@@ -117,6 +121,8 @@ class GuardedStep:
         guard = self._guard
         if not guard.enabled:
             return
+        if has_compiled():
+            guard.account.note("<compiled>", "fused kernels", COMPILED)
         self._account_for(took)
         if kind is None and not guard.account.checked and not len(guard.log) and not guard.failures:
             rows = guard.coverage()
@@ -129,7 +135,7 @@ class GuardedStep:
         if guard.sampler.budget is None or eyes is None:
             return
         aside = 0.0 if guard.upkeep is None else guard.upkeep.spent()
-        watching = self._inspection.operators * seconds_an_operator(isinstance(eyes, CompiledEyes))
+        watching = self._inspection.operators * seconds_an_operator()
         guard.sampler.spent(self._inspection.seconds + aside, took + aside, watching)
 
     def abandon(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from diagnostics.sensors import fingerprints, recompute, saved
 from diagnostics.sensors.announced import Announced, inside_announced
@@ -167,6 +168,11 @@ class Inspection:
             self.failures += 1
             self._skip(Place(UNNAMED, FPROP), operation, broken(error))
 
+    def not_seen(self, operation: str, reason: str) -> None:
+        """See `watch.Step`."""
+        place = self._places.of((), False)
+        self._coverage.count(place.module, operation, place.pass_, False, reason)
+
     def end(self) -> None:
         """The step is over: let go of its tensors."""
         self._over = True
@@ -240,7 +246,7 @@ class Inspection:
 
     def _fingerprint(self, plan: Plan | None, call: Call) -> None:
         """In a checkpointed region, keep what the operator made, or compare it; outside, hear of what it wrote to."""
-        if self._prints is None:
+        if self._prints is None or not isinstance(call.func, OpOverload):
             return
         if not inside() or (plan is None and inside_announced()):
             if fingerprints.changes(call.func):

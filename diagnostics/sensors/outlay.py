@@ -15,18 +15,15 @@ from diagnostics.sensors.places import Places
 from diagnostics.sensors.readings import ReadingLog
 from diagnostics.sensors.sampling import Sampler
 from diagnostics.sensors.tolerance import Widening, shipped_table
-from diagnostics.sensors.watch import CompiledEyes, Eyes, Keeper
+from diagnostics.sensors.watch import Eyes, Keeper
 
 # 256 operators under the modes take 2 ms; the quickest of 5 rounds is one that nobody interrupted.
 _OPERATORS, _ROUNDS = 256, 5
 
 
 @cache
-def seconds_an_operator(compiled: bool) -> float:
-    """Host seconds that the modes of a step and its account take for each operator, measured once in a process.
-
-    compiled: whether the step's eyes are those that leave compiled functions compiled.
-    """
+def seconds_an_operator() -> float:
+    """Host seconds that the modes of a step and its account take for each operator, measured once in a process."""
     x = torch.zeros(1)  # no bytes to speak of: what remains is the way to the kernel
 
     def round_of() -> float:
@@ -39,7 +36,7 @@ def seconds_an_operator(compiled: bool) -> float:
     with ExitStack() as modes:
         places = Places(nn.Identity())
         places.begin(modes)
-        watching = modes.enter_context((CompiledEyes if compiled else Eyes)(_idle(places)))
+        watching = modes.enter_context(Eyes(_idle(places)))
         modes.enter_context(Keeper(watching))
         watched = min(round_of() for _ in range(_ROUNDS))
     return max(0.0, watched - plain) / _OPERATORS

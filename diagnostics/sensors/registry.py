@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from diagnostics.sensors import (
     attention,
@@ -57,8 +57,11 @@ class Plan:
 
 
 @cache
-def plan_of(func: OpOverload) -> Plan | None:
+def plan_of(func: OpOverload | HigherOrderOperator) -> Plan | None:
     """None for views and for memory without values: there is nothing to get wrong."""
+    if isinstance(func, HigherOrderOperator):
+        reason = "a higher-order operator: what it calls is not seen"
+        return Plan(func.__name__, None, None, False, False, False, False, reason)
     packet, kind, name = func.overloadpacket, kind_of(func), name_of(func)
     if kind in ("view", "blank"):
         return None

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from diagnostics.sensors.compiler import never_compiled
 from diagnostics.sensors.digest import Stamp, stamp
+from diagnostics.sensors.formulas import Formulas
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.written import Written, storage_of
 
@@ -77,12 +79,15 @@ class Watcher(Protocol):
 class Saved:
     """The pair of hooks of `torch.autograd.graph.saved_tensors_hooks`."""
 
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, watcher: Watcher, formulas: Formulas | None = None) -> None:
         self.watcher = watcher
+        self._formulas = formulas  # nodes that wait for the first tensor that they keep
         self._known: dict[tuple[object, ...], tuple[StorageWeakRef, Stamp, int]] = {}
 
     def pack(self, tensor: Tensor) -> Kept:
         """Keep a tensor, with its hash if it is drawn. Several operators keep one tensor: it is hashed once."""
+        if self._formulas is not None and self._formulas.waits:
+            self._formulas.settle()
         kept = Kept(_without_graph(tensor), tensor._version)
         self.watcher.tried(OPERATION, lambda: self._hash(kept, tensor))
         return kept
@@ -164,3 +169,6 @@ def in_order(tensor: Tensor) -> Tensor:
     steps = tensor.stride()
     seen = tensor.permute(sorted(range(len(steps)), key=lambda dim: -steps[dim]))
     return seen[tuple(slice(0, 1) if step == 0 else slice(None) for step in seen.stride())]
+
+
+never_compiled(Saved.pack)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from diagnostics.sensors.compiler import never_compiled
+
 
 class Spans:
     """`names` are those of modules by id; others go by the module that called them."""
@@ -48,10 +50,14 @@ class Spans:
         return self._owners[at] if at >= 0 else None
 
     def _entered(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._stack.append(self._names.get(id(module), self.here or ""))
         self._mark()
 
     def _left(self, module: nn.Module, args: Any, out: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if self._stack:
             self._stack.pop()
         self._mark()
@@ -59,3 +65,7 @@ class Spans:
     def _mark(self) -> None:
         self._starts.append(torch._C._autograd._get_sequence_nr())
         self._owners.append(self.here)
+
+
+for _hook in (Spans._entered, Spans._left):
+    never_compiled(_hook)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -275,6 +275,14 @@ def test_data_parallel_training_is_guarded_unchanged(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """What was compiled is forgotten: guards of other tests would say that they cannot see it."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_stays_compiled_and_its_products_are_checked() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
