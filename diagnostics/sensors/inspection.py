@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,12 @@ from diagnostics.sensors.written import Written
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
 _MULTIPLIES = frozenset((KERNEL, "sdpa", "sdpa_backward"))
 NOT_AGAIN = "no identity covers it, and nothing is run again"
+
+
+class Whole(NamedTuple):
+    """What was kept of a product that writes over an operand and has no tolerance: all that another run needs."""
+
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Inspection:
@@ -97,7 +103,7 @@ class Inspection:
             self._fingerprint(plan, Call(func, args, kwargs, out))
             return out
         begin = time.perf_counter()
-        before = self.tried(plan.name, lambda: self._before(plan, args, kwargs))
+        before = self.tried(plan.name, lambda: self._before(plan, func, args, kwargs))
         ran = time.perf_counter()
         out = func(*args, **kwargs)
         looked = time.perf_counter()
@@ -192,11 +198,20 @@ class Inspection:
         """See `operation.Bench`."""
         return self._operands.of(value)
 
-    def _before(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, plan: Plan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if plan.product and is_in_place(func) and self._has_no_tolerance(args[0]):
+            return Whole(recompute.keeper(func)(args, kwargs, self))
         if plan.before is None:
             return None
         with quiet():
             return plan.before(args, kwargs, self)
+
+    def _has_no_tolerance(self, like: Tensor) -> bool:
+        try:
+            self.kappa(KERNEL, like)
+        except UnknownTolerance:
+            return self._sampler.draws(self._key, self._calls, self._again)
+        return False
 
     def _look(self, plan: Plan, call: Call) -> None:
         place = self._place(plan, call.args)
@@ -208,6 +223,8 @@ class Inspection:
             return
         check = recompute.check if isinstance(call.before, recompute.Overwritten) else plan.check
         assert check is not None
+        if isinstance(call.before, Whole):
+            call, check = replace(call, before=call.before.arguments), recompute.check
         with quiet():
             if self._judge(place, plan.name, lambda: check(call, self), call) and is_thin(call):
                 kept = call if call.before is not None else replace(call, before=(call.args, call.kwargs))

@@ -346,6 +346,48 @@ def test_a_type_without_a_tolerance_is_run_again_or_said() -> None:
     assert all("float64" in row.reason for row in guard.coverage() if row.operation == "mm")
 
 
+class LastBit(TorchDispatchMode):
+    """Flips the last bit of one element of every product's result, in whatever memory that is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
+            out.view(-1)[5:6].view(torch.int64).bitwise_xor_(1)
+        return out
+
+
+IN_PLACE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mm": lambda a, b, d: torch.mm(a[0], b[0], out=d[0]),
+    "bmm": lambda a, b, d: torch.bmm(a, b, out=d),
+    "addmm_": lambda a, b, d: d[0].addmm_(a[0], b[0]),
+    "addmm": lambda a, b, d: torch.addmm(d[0], a[0], b[0], out=d[0]),
+    "baddbmm_": lambda a, b, d: d.baddbmm_(a, b),
+    "baddbmm": lambda a, b, d: torch.baddbmm(d, a, b, out=torch.empty_like(d)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_products_without_a_tolerance_that_write_over_an_operand_are_run_again(name: str) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 128, 160), (2, 160, 192), (2, 128, 192))]
+
+    def run() -> Tensor:
+        return IN_PLACE[name](*(value.clone() for value in given))
+
+    guard, plain = Guard(nn.Linear(2, 2)), run()
+    with guard.step() as step:
+        assert torch.equal(plain, run())
+    assert step.clean
+    assert not guard.failures
+    assert [(row.operation, row.checked) for row in guard.coverage() if "mm" in row.operation] == [(name, 1.0)]
+    with LastBit(), guard.step() as step:
+        run()
+    assert [(alarm.sensor, alarm.operation) for alarm in step.alarms] == [("recompute", name)]
+    without = Guard(nn.Linear(2, 2), again=0)
+    with pytest.raises(NothingToCheck, match="no tolerance for mm in float64"), LastBit(), without.step():
+        run()
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 3.0), (torch.bfloat16, 12.0)])
 def test_grouped_products(dtype: torch.dtype, error: float) -> None:
     """Groups of any size, empty ones too; every pass; errors in units of the result's standard deviation."""
