@@ -56,6 +56,11 @@ def watchers(weight: Tensor) -> tuple[Watcher, ...]:
     return tuple(_guards())
 
 
+def guarded_here() -> bool:
+    """Whether what runs in this thread is seen by a guard."""
+    return any(True for _ in _guards())
+
+
 def _guards() -> Iterator[Watcher]:
     for at in range(torch._C._len_torch_dispatch_stack()):
         watcher: Watcher | None = getattr(torch._C._get_dispatch_stack_at(at), "watcher", None)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FINITE, KEPT = "finite", "kept"
 COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
+ELSEWHERE = "it ran in a thread other than the one that entered the step, and was not seen"
 
 
 class NothingToCheck(RuntimeError):
@@ -123,6 +124,8 @@ class GuardedStep:
             return
         if has_compiled():
             guard.account.note("<compiled>", "fused kernels", COMPILED)
+        for module in guard.places.elsewhere:
+            guard.account.note(module, "forward", ELSEWHERE)
         self._account_for(took)
         if kind is None and not guard.account.checked and not len(guard.log) and not guard.failures:
             rows = guard.coverage()

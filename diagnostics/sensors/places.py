@@ -64,6 +64,11 @@ class Places:
         if follow:
             self._spans.begin(hooks)
 
+    @property
+    def elsewhere(self) -> set[str]:
+        """Modules whose forward ran in threads that no guard looks at, in the step that began last."""
+        return self._spans.elsewhere
+
     def of(self, operands: Sequence[Tensor], product: bool) -> Place:
         """The place of the operator that reads `operands` now."""
         node: Any = torch._C._current_autograd_node()

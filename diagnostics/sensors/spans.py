@@ -6,6 +6,7 @@ node has a module even where its forward shows no operator, as in a function of 
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from diagnostics.sensors.announced import guarded_here
 from diagnostics.sensors.compiler import never_compiled
 
 
@@ -22,7 +24,9 @@ class Spans:
     """`names` are those of modules by id; others go by the module that called them."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
+        self.elsewhere: set[str] = set()  # modules whose forward ran in a thread that no guard looks at
         self._names = names
+        self._thread = 0
         self._stack: list[str] = []
         self._starts: list[int] = []
         self._owners: list[str | None] = []
@@ -30,6 +34,8 @@ class Spans:
     def begin(self, hooks: ExitStack) -> None:
         """Follow modules from now on, by torch's global hooks, until `hooks` is closed. Forgets what was before."""
         self.clear()
+        self.elsewhere.clear()
+        self._thread = threading.get_ident()
         hooks.callback(register_module_forward_pre_hook(self._entered).remove)
         hooks.callback(register_module_forward_hook(self._left, always_call=True).remove)
 
@@ -52,15 +58,23 @@ class Spans:
     def _entered(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        if self._is_elsewhere():
+            if id(module) in self._names or getattr(module, "_is_replica", False):  # DataParallel's
+                self.elsewhere.add(self._names.get(id(module), type(module).__name__))
+            return
         self._stack.append(self._names.get(id(module), self.here or ""))
         self._mark()
 
     def _left(self, module: nn.Module, args: Any, out: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._is_elsewhere():
             return
         if self._stack:
             self._stack.pop()
         self._mark()
+
+    def _is_elsewhere(self) -> bool:
+        """Whether this is a thread that has no part in the step: autograd's have its modes."""
+        return threading.get_ident() != self._thread and not guarded_here()
 
     def _mark(self) -> None:
         self._starts.append(torch._C._autograd._get_sequence_nr())
