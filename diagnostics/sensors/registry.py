@@ -36,6 +36,7 @@ _AGAIN = frozenset(moves.CHECKS)
 _PRODUCTS = frozenset(gemm.CHECKS | grouped.CHECKS)
 # Values in another type or layout: a weight that is cast keeps its name.
 _COPIES = frozenset((aten._to_copy, aten.clone))
+_HIGHER = "a higher-order operator: what it calls is not seen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,7 @@ class Plan:
 def plan_of(func: OpOverload | HigherOrderOperator) -> Plan | None:
     """None for views and for memory without values: there is nothing to get wrong."""
     if isinstance(func, HigherOrderOperator):
-        reason = "a higher-order operator: what it calls is not seen"
-        return Plan(func.__name__, None, None, False, False, False, False, reason)
+        return Plan(func.__name__, None, None, False, False, False, False, _HIGHER)
     packet, kind, name = func.overloadpacket, kind_of(func), name_of(func)
     if kind in ("view", "blank"):
         return None
