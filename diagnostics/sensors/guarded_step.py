@@ -160,12 +160,12 @@ class GuardedStep:
     @property
     def skipped(self) -> dict[str, int]:
         """Calls that their check could not judge, by reason."""
-        return self._inspection.skipped
+        return self._inspection.account.skipped
 
     @property
     def failures(self) -> int:
         """Checks that failed themselves in this step; their calls are among those in `skipped`."""
-        return self._inspection.failures
+        return self._inspection.account.failures
 
     @property
     def clean(self) -> bool:

@@ -6,17 +6,16 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
-from diagnostics.sensors import fingerprints, recompute, saved
+from diagnostics.sensors import recompute, saved
+from diagnostics.sensors.account import Account
 from diagnostics.sensors.announced import Announced, inside_announced
 from diagnostics.sensors.arguments import written_by
-from diagnostics.sensors.coverage import Coverage, broken
-from diagnostics.sensors.fingerprints import UNMATCHED, Fingerprints
+from diagnostics.sensors.coverage import Coverage
 from diagnostics.sensors.gemm import KERNEL, fp32_precision, row_readings
 from diagnostics.sensors.gemm import SENSOR as GEMM
 from diagnostics.sensors.kinds import is_in_place
@@ -24,8 +23,8 @@ from diagnostics.sensors.operand import Operand, Operands
 from diagnostics.sensors.operation import Call, Checked, Unsupported
 from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.quiet import quiet
-from diagnostics.sensors.readings import ReadingLog, Site
-from diagnostics.sensors.regions import inside
+from diagnostics.sensors.readings import ReadingLog
+from diagnostics.sensors.recomputation import Recomputation
 from diagnostics.sensors.registry import Plan, plan_of
 from diagnostics.sensors.rows import PER_DIFFERENCE, differences, rows_of
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
@@ -37,17 +36,12 @@ from diagnostics.sensors.written import Written
 
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
 _MULTIPLIES = frozenset((KERNEL, "sdpa", "sdpa_backward"))
+UNPLACED = Place(UNNAMED, FPROP)
 NOT_AGAIN = "no identity covers it, and nothing is run again"
 
 
-class Whole(NamedTuple):
-    """What was kept of a product that writes over an operand and has no tolerance: all that another run needs."""
-
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-
-
 class Inspection:
-    """The bench that a step's checks work on, and the account of what they covered."""
+    """The bench that a step's checks work on."""
 
     def __init__(
         self,
@@ -63,21 +57,17 @@ class Inspection:
         compare: bool = True,
     ) -> None:
         self.signs = Signs(key, device)
-        self.skipped: dict[str, int] = {}  # calls that their check could not judge, by reason
-        self.failures = 0  # checks that failed themselves
-        self.seconds = 0.0  # that the checks took
+        self.account = Account(places, log, coverage, widening)
         self.operators = 0  # that ran, views too
         self.written = Written()
         self._key = key
         self._places = places
-        self._log = log
-        self._coverage = coverage
         self._sampler = sampler
         self._table = table
-        self._widening = widening
         self._operands = Operands()
         self._again = again
-        self._prints = Fingerprints() if compare else None
+        self._recomputation = Recomputation(key, self.account, sampler, again) if compare else None
+        self._seconds = 0.0
         self._covered = False  # whether a check has judged the call that is looked at
         self._calls = 0
         self._over = False
@@ -89,8 +79,7 @@ class Inspection:
         plan = plan_of(func)
         if plan is None or inside_announced():
             out = func(*args, **kwargs)
-            if self._prints is not None and fingerprints.changes(func):
-                self._fingerprint(None, Call(func, args, kwargs, out))
+            self._show(None, func, args, kwargs, out)
             return out
         self._calls += 1
         self._covered = False
@@ -100,7 +89,7 @@ class Inspection:
             if plan.writes:
                 self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
             self.tried(plan.name, lambda: self._pass_by(plan, args, out))
-            self._fingerprint(plan, Call(func, args, kwargs, out))
+            self._show(plan, func, args, kwargs, out)
             return out
         begin = time.perf_counter()
         before = self.tried(plan.name, lambda: self._before(plan, func, args, kwargs))
@@ -110,22 +99,22 @@ class Inspection:
         if plan.writes:
             self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
         self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
-        self.seconds += time.perf_counter() - looked + ran - begin
-        self._fingerprint(plan, Call(func, args, kwargs, out))
+        self._seconds += time.perf_counter() - looked + ran - begin
+        self._show(plan, func, args, kwargs, out)
         return out
 
     def announced(self, product: Announced, out: Tensor) -> None:
         """Check one product that was announced, in whichever pass, against the operands that its kernel saw."""
         if out.numel():
             self.tried(product.operation, lambda: self._look_announced(product, out))
-            if self._prints is not None and inside():
-                self._compare(lambda prints: prints.given(out))
+            if self._recomputation is not None:
+                self._recomputation.announced(out)
 
     def _look_announced(self, product: Announced, out: Tensor) -> None:
         place = Place(self._places.named(product.weight), product.pass_)
         self._calls += 1
         if not self._sampler.draws(self._key, self._calls):
-            self._coverage.count(place.module, product.operation, place.pass_, False, NOT_DRAWN)
+            self.account.passed(place, product.operation, NOT_DRAWN)
             return
         begin = time.perf_counter()
         with quiet():
@@ -134,7 +123,7 @@ class Inspection:
                 again = product.again
                 if again is not None and is_thin_product(left, right):
                     self._look_twice(place, product.operation, lambda: _made_again(again, out))
-        self.seconds += time.perf_counter() - begin
+        self._seconds += time.perf_counter() - begin
 
     def draws_saved(self, tensor: Tensor) -> bool:
         """See `saved.Watcher`."""
@@ -150,41 +139,42 @@ class Inspection:
             reading = torch.where(equal, 0.0, PER_DIFFERENCE).reshape(1)
         else:
             reading = tensor.new_full((1,), 0.0 if equal else PER_DIFFERENCE, dtype=torch.float32)
-        self._keep(place, saved.OPERATION, Checked(saved.SENSOR, "out", reading, tuple(tensor.shape), exact=True))
-        self._coverage.count(place.module, saved.OPERATION, place.pass_, True)
+        self.account.keep(
+            place, saved.OPERATION, Checked(saved.SENSOR, "out", reading, tuple(tensor.shape), exact=True)
+        )
+        self.account.covered(place, saved.OPERATION)
 
     def not_compared(self, reason: str) -> None:
         """See `saved.Watcher`."""
-        place = self._places.of((), False)
-        self._coverage.count(place.module, saved.OPERATION, place.pass_, False, reason)
+        self.account.passed(self._places.of((), False), saved.OPERATION, reason)
 
     def stepped_aside(self, reason: str) -> None:
         """See `saved.Watcher`."""
-        self._coverage.note(UNNAMED, "saved tensors", f"saved tensors: no hooks may stand here: {reason}")
+        self.account.coverage.note(UNNAMED, "saved tensors", f"saved tensors: no hooks may stand here: {reason}")
 
     def spent(self, seconds: float) -> None:
         """See `saved.Watcher`."""
-        self.seconds += seconds
+        self._seconds += seconds
 
     def tried(self, operation: str, work: Callable[[], Any]) -> Any:
-        """A sensor's own fault, whatever it is, must not stop the training: it is counted, and its call not covered."""
-        try:
-            return work()
-        except Exception as error:  # noqa: BLE001 - see above
-            self.failures += 1
-            self._skip(Place(UNNAMED, FPROP), operation, broken(error))
+        """See `Account.tried`."""
+        return self.account.tried(operation, work)
+
+    @property
+    def seconds(self) -> float:
+        """That the checks took."""
+        return self._seconds + (0.0 if self._recomputation is None else self._recomputation.seconds)
 
     def not_seen(self, operation: str, reason: str) -> None:
         """See `watch.Step`."""
-        place = self._places.of((), False)
-        self._coverage.count(place.module, operation, place.pass_, False, reason)
+        self.account.passed(self._places.of((), False), operation, reason)
 
     def end(self) -> None:
         """The step is over: let go of its tensors."""
         self._over = True
         self._operands.clear()
-        if self._prints is not None:
-            self._prints.clear()
+        if self._recomputation is not None:
+            self._recomputation.end()
 
     def kappa(self, kernel: str, like: Tensor) -> Kappa:
         """See `operation.Bench`."""
@@ -200,7 +190,7 @@ class Inspection:
 
     def _before(self, plan: Plan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if plan.product and is_in_place(func) and self._has_no_tolerance(args[0]):
-            return Whole(recompute.keeper(func)(args, kwargs, self))
+            return recompute.Overwritten(*recompute.keeper(func)(args, kwargs, self))
         if plan.before is None:
             return None
         with quiet():
@@ -219,12 +209,10 @@ class Inspection:
             self._places.copied(call.args[0], call.out)
         unlike = _unlike(call)
         if unlike is not None:
-            self._skip(place, plan.name, unlike)
+            self.account.skip(place, plan.name, unlike)
             return
         check = recompute.check if isinstance(call.before, recompute.Overwritten) else plan.check
         assert check is not None
-        if isinstance(call.before, Whole):
-            call, check = replace(call, before=call.before.arguments), recompute.check
         with quiet():
             if self._judge(place, plan.name, lambda: check(call, self), call) and is_thin(call):
                 kept = call if call.before is not None else replace(call, before=(call.args, call.kwargs))
@@ -236,7 +224,7 @@ class Inspection:
             return
         with suppress(Unsupported):  # sums in no fixed order: the identity has to do
             for one in again():
-                self._keep(place, operation, one)
+                self.account.keep(place, operation, one)
 
     def _judge(
         self, place: Place, operation: str, check: Callable[[], Iterable[Checked]], instead: Call | None = None
@@ -248,74 +236,25 @@ class Inspection:
         by_identity = True
         try:
             for one in check() if instead is None else decided(check(), instead, self):
-                self._keep(place, operation, one)
+                self.account.keep(place, operation, one)
                 by_identity &= one.sensor != recompute.SENSOR
         except (Unsupported, UnknownTolerance) as reason:
             if instead is not None and self._may_run_again(instead):
                 plain = replace(instead, before=None)  # what was kept was kept for the identity
                 self._judge(place, operation, lambda: recompute.check(plain, self))
             else:
-                self._skip(place, operation, str(reason))
+                self.account.skip(place, operation, str(reason))
             return False
-        self._coverage.count(place.module, operation, place.pass_, True)
+        self.account.covered(place, operation)
         self._covered = True
         return by_identity
 
-    def _fingerprint(self, plan: Plan | None, call: Call) -> None:
-        """In a checkpointed region, keep what the operator made, or compare it; outside, hear of what it wrote to."""
-        if self._prints is None or not isinstance(call.func, OpOverload):
-            return
-        if not inside() or (plan is None and inside_announced()):
-            if fingerprints.changes(call.func):
-                self._compare(lambda prints: prints.changed(call))
-        elif plan is None:
-            self._compare(lambda prints: prints.appeared(call))
-        else:
-            self._compare(lambda prints: self._look_at_region(prints, plan, call))
-
-    def _compare(self, work: Callable[[Fingerprints], None]) -> None:
-        """Once the fingerprints have failed they are out of step with what ran, and of no use until the next step."""
-        begin, prints, self._prints = time.perf_counter(), self._prints, None
-        if prints is not None:
-            with quiet():
-                self.tried(fingerprints.SENSOR, lambda: self._kept_on(prints, work))
-        self.seconds += time.perf_counter() - begin
-
-    def _kept_on(self, prints: Fingerprints, work: Callable[[Fingerprints], None]) -> None:
-        work(prints)
-        self._prints = prints
-
-    def _look_at_region(self, prints: Fingerprints, plan: Plan, call: Call) -> None:
-        """What is run again anyway, every time, needs no fingerprint."""
-        whole = self._sampler.share >= 1
-        twice = plan.again and plan.check is not None and whole and self._again >= 1
-
-        def drawn() -> bool:
-            return not twice and self._sampler.draws(self._key, self._calls)
-
-        place = self._place(plan, call.args)
-        found = prints.look(call, place, self._covered, drawn, whole)
-        if found is None:
-            return
-        record, compared = found
-        if record is None:
-            self.skipped[UNMATCHED] = self.skipped.get(UNMATCHED, 0) + 1
-            return
-        for one in compared:
-            self._keep(
-                record.place, plan.name, Checked(fingerprints.SENSOR, one.result, one.reading, one.shape, exact=True)
-            )
-        if compared and not record.covered:
-            record.covered = True
-            self._coverage.credit(record.place.module, plan.name, record.place.pass_)
-        if compared and not self._covered:
-            self._coverage.credit(place.module, plan.name, place.pass_)
-
-    def _keep(self, place: Place, operation: str, one: Checked) -> None:
-        what = operation if one.result == "out" else f"{operation}.{one.result}"
-        factor = 1.0 if one.exact else self._widening.factor(one.sensor, place.pass_)
-        readings = one.readings if factor == 1.0 else one.readings / factor
-        self._log.append(Site(one.sensor, place.module, what, place.pass_, one.shape, one.exact), readings)
+    def _show(self, plan: Plan | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """To the fingerprints, where they care."""
+        shown = self._recomputation
+        if shown is not None and shown.wants(plan, func):
+            place = UNPLACED if plan is None else self._place(plan, args)
+            shown.saw(plan, Call(func, args, kwargs, out), self._calls, place, self._covered)
 
     def _may_run_again(self, call: Call) -> bool:
         """What an operator wrote over was kept for its identity only, not for another run."""
@@ -332,16 +271,12 @@ class Inspection:
         if plan.copies:
             self._places.copied(args[0], out)
         undrawn = NOT_AGAIN if plan.again and not self._again else NOT_DRAWN
-        self._coverage.count(place.module, plan.name, place.pass_, False, plan.reason or undrawn)
+        self.account.passed(place, plan.name, plan.reason or undrawn)
 
     def _place(self, plan: Plan, args: tuple[Any, ...]) -> Place:
         if not plan.product:
             return self._places.of((), False)
         return self._places.of([arg for arg in args if isinstance(arg, Tensor)][-2:], True)
-
-    def _skip(self, place: Place, operation: str, reason: str) -> None:
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
-        self._coverage.count(place.module, operation, place.pass_, False, reason)
 
 
 def _unlike(call: Call) -> str | None:
