@@ -182,12 +182,13 @@ class Replayer:
         )
 
     def _conclude(self, held: Held, suspect: int, votes: Sequence[Vote], ruling: Ruling) -> tuple[Left, int]:
-        """The suspect leaves evidence and, after a false alarm, widens its tolerances; every rank learns of both."""
+        """The suspect leaves evidence and, after a false alarm, widens or mutes what raised it; all learn of both."""
         mine = (Left(), 0)
         if self.group.rank == suspect:
             left = leave(self.engine, held, suspect, self.members[suspect], votes, ruling, self.roles.record)
             false = ruling.verdict is Verdict.FALSE_ALARM
-            mine = left, self.engine.guard.recalibrate(held.computation.alarms) if false else 0
+            guard, alarms = self.engine.guard, held.computation.alarms
+            mine = left, guard.recalibrate(alarms) + guard.mute(alarms) if false else 0
         concluded: tuple[Left, int] = self.group.gather_objects(mine)[suspect]
         return concluded
 
@@ -252,4 +253,5 @@ def recompute(
         alarm=result.alarm,
         finite=finite,
         number=number,
+        exact=any(alarm.exact for alarm in result.alarms),
     )

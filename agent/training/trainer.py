@@ -34,7 +34,7 @@ from agent.training.schedule import learning_rate
 from agent.training.seating import divided, seated
 from agent.training.steprecord import Times, step_record
 from agent.training.transaction import Commit, Transaction
-from diagnostics.health import Verdict
+from diagnostics.health import Alarm, Verdict
 from diagnostics.sensors.digest import chain
 from diagnostics.verify.votes import Ruling
 
@@ -141,13 +141,16 @@ class Trainer:
 
     def _step(self, step: int) -> None:
         trace = self.doubt.trace
+        alarms: tuple[Alarm, ...] = ()
         for attempt in range(1, MAX_ATTEMPTS + 1):
             with nullcontext() if trace is None else self.daemon.span("redo", trace, step=step, attempt=attempt):
                 alarmed = self._attempt(step, attempt)
             if alarmed is None:
                 return
             trace = self._hold(*alarmed)
-        raise StepRefused(f"step {step} still alarms after {MAX_ATTEMPTS} attempts")
+            alarms = alarmed[0].computation.alarms
+        first = f"{alarms[0].sensor} at {alarms[0].module} ({alarms[0].operation})" if alarms else "on another rank"
+        raise StepRefused(f"step {step} still alarms after {MAX_ATTEMPTS} attempts, whatever the verdicts: {first}")
 
     def _attempt(self, step: int, attempt: int) -> tuple[Held, Outcome] | None:
         """Compute, reduce and pass the gate; None when the step is committed or what preceded it rolled back."""

@@ -32,7 +32,8 @@ def by_votes(original: Computed, clean: str, again: Callable[[], Computed | None
         if replay is None:
             votes.append(_vote(role, clean, False, True))
         else:
-            votes.append(_vote(role, replay.digest, bool(replay.alarms), replay.finite))
+            repeated = any(alarm.exact for alarm in replay.alarms)
+            votes.append(_vote(role, replay.digest, bool(replay.alarms), replay.finite, repeated))
         ruling = decide(votes)
     verdict = "" if ruling.verdict is None else ruling.verdict.value
     return {"verdict": verdict, "blamed": ruling.blamed_device or "", "replays": len(votes) - 1}

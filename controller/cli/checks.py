@@ -38,6 +38,13 @@ def scale(value: float) -> float:
     return value
 
 
+def share(value: float) -> float:
+    """Raise UsageError unless --again is a share: NaN is within click's range."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"--again must be a share in 0..1, not {value}")
+    return value
+
+
 def corpus(path: str | None) -> str | None:
     """A corpus that exists and has bytes, as an absolute path. None is Python's own sources.
 

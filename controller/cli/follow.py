@@ -80,8 +80,9 @@ def follow(ask: Queries, job: str, display: Display, check: Callable[[], None]) 
         document = ask.job(job)
         display.show(document)
         for entry in document.get("lost_coverage", ()):
-            if ("lost coverage", f"{entry['rank']} {entry['device']}") not in told:
-                told.add(("lost coverage", f"{entry['rank']} {entry['device']}"))
+            seen = "lost coverage", f"{entry['rank']} {entry['device']} {len(entry['reasons'])}"
+            if seen not in told:
+                told.add(seen)
                 display.tell(entry["text"])
         for incident in ask.incidents(job)["incidents"]:
             for key, text in news(incident):

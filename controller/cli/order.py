@@ -160,7 +160,7 @@ def _frozen(options: dict[str, Any]) -> dict[str, Any]:
         "checkpoint_every": options["checkpoint_every"],
         "mesh": options["mesh"],
         "replays": options["replays"],
-        "again": options["again"],
+        "again": checks.share(options["again"]),
     }
 
 

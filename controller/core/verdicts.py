@@ -20,7 +20,7 @@ def rule(change: Change, job: Job, key: str, event: ReplayResult) -> None:
     incident.decided_at = change.now
     change.note(key, f"decided: {event.verdict}{', recurrent' if event.recurrent else ''}: {event.reason}")
     if event.widened:
-        change.note(key, f"recalibrated: {event.widened} tolerances widened on rank {event.rank}")
+        change.note(key, f"recalibrated: {event.widened} tolerances widened or checks muted on rank {event.rank}")
     if event.verdict == CORRUPT:
         _corrupt(change, job, incident, event)
     elif event.verdict == FALSE_ALARM:

@@ -1,10 +1,10 @@
 """What the sensors of a job's devices did not see though they should have: counted, with reasons, and said in words."""
 
+import json
 from typing import Any
 
 from sqlalchemy import Connection, and_, func, select
 
-from controller.store import segments
 from controller.store.schema import placements
 from controller.store.schema import segments as rows
 
@@ -12,6 +12,8 @@ Document = dict[str, Any]
 
 #: Reasons that a document gives for one device; a rank tells no more of them in one generation.
 REASONS = 16
+#: Those that are said in words.
+SHOWN = 3
 
 
 def lost_coverage(connection: Connection, job: str) -> list[Document]:
@@ -62,7 +64,7 @@ def lost_coverage(connection: Connection, job: str) -> list[Document]:
 
 
 def said(entry: Document) -> str:
-    """One entry in words: whose sensors, how much, since when, and the first reason."""
+    """One entry in words: whose sensors, how much, since when, and the first reasons."""
     device = entry["device"] or "an unknown device"
     counts = [
         f"{count} {one if count == 1 else many}"
@@ -74,20 +76,20 @@ def said(entry: Document) -> str:
     ]
     what = "fail" if entry["failed_checks"] else "have gaps"
     where = f"sensors of {device} on {entry['node'] or 'an unknown node'} (rank {entry['rank']}) {what}"
-    span = f"between steps {entry['first_step']} and {entry['last_step']}, beside {entry['checks']} checks made"
-    because = f": {entry['reasons'][0]}" if entry["reasons"] else ""
-    return f"{where}: {' and '.join(counts)} {span}{because}"
+    first, last, made = entry["first_step"], entry["last_step"], entry["checks"]
+    when = f"in step {first}" if first == last else f"between steps {first} and {last}"
+    span = f"{when}, beside {made} {'check' if made == 1 else 'checks'} made"
+    shown, more = entry["reasons"][:SHOWN], len(entry["reasons"][SHOWN:])
+    because = f": {'; '.join(shown)}" if shown else ""
+    return f"{where}: {' and '.join(counts)} {span}{because}{f'; and {more} more' if more else ''}"
 
 
 def _reasons(connection: Connection, job: str, generation: int, rank: int) -> list[str]:
-    """Those in the first segment that lost something: a rank tells each when it first comes up."""
-    first = (
-        select(rows.c.payload)
+    """All that a rank has told in a generation, each when it first came up."""
+    told = (
+        select(rows.c.lost_because)
         .where(rows.c.job == job, rows.c.generation == generation, rows.c.rank == rank)
-        .where(rows.c.failed_checks + rows.c.unjudged > 0)
+        .where(rows.c.lost_because.is_not(None))
         .order_by(rows.c.first_step)
-        .limit(1)
     )
-    payload = connection.execute(first).scalar()
-    records = [] if payload is None else segments.unpack(payload)
-    return [reason for record in records for reason in record.get("lost_because", ())]
+    return [reason for row in connection.execute(told) for reason in json.loads(row.lost_because)]

@@ -44,7 +44,8 @@ def check(found: str | None, where: str, may_migrate: bool) -> None:
         raise StoreError(
             f"the database {where} has no Assay tables"
             if found is None
-            else f"the database {where} is from an older version of Assay (revision {found}): start a controller on it"
+            else f"the database {where} is from an older version of Assay (revision {found}): "
+            "run `assay-controller serve --dir DIR` on it once, which migrates it"
         )
 
 

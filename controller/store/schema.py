@@ -161,6 +161,7 @@ segments = Table(
     Column("checks", BigInteger, nullable=False, server_default="0"),
     Column("failed_checks", BigInteger, nullable=False, server_default="0"),
     Column("unjudged", BigInteger, nullable=False, server_default="0"),
+    Column("lost_because", Text),
     Index(None, "job", "generation", "rank", "last_step"),
 )
 

@@ -45,8 +45,15 @@ def pack(node: str, epoch: int, seq: int, steps: StepRecords) -> Row:
         "checks": sum(record.checks for record in steps.records),
         "failed_checks": sum(record.failed_checks for record in steps.records),
         "unjudged": sum(record.unjudged for record in steps.records),
+        "lost_because": _reasons(steps.records),
         "payload": zlib.compress(_encode([_record(record) for record in steps.records]), LEVEL),
     }
+
+
+def _reasons(records: Iterable[StepRecord]) -> str | None:
+    """JSON list of what the records tell, each once; None if they tell nothing."""
+    told = [*dict.fromkeys(reason for record in records for reason in record.lost_because)]
+    return json.dumps(told) if told else None
 
 
 def unpack(payload: bytes) -> list[dict[str, Any]]:

@@ -23,20 +23,26 @@ class Account:
         self._log = log
         self._widening = widening
 
-    def tried(self, operation: str, work: Callable[[], Any]) -> Any:
-        """A sensor's own fault, whatever it is, must not stop the training: it is counted, and its call not covered."""
+    def tried(self, operation: str, work: Callable[[], Any], place: Place | None = None) -> Any:
+        """A sensor's own fault, whatever it is, must not stop the training: it is counted, and its call not covered.
+
+        place: of the call; None if it has none.
+        """
         try:
             return work()
         except Exception as error:  # noqa: BLE001 - see above
             self.failures += 1
-            self.skip(Place(UNNAMED, FPROP), operation, broken(error))
+            self.skip(place or Place(UNNAMED, FPROP), operation, broken(error))
 
-    def keep(self, place: Place, operation: str, one: Checked) -> None:
-        """Readings, over what a false alarm has widened their tolerance to."""
+    def keep(self, place: Place, operation: str, one: Checked) -> bool:
+        """Readings, over what a false alarm has widened their tolerance to. False if the check is muted."""
         what = operation if one.result == "out" else f"{operation}.{one.result}"
+        if one.exact and self._widening.is_muted(one.sensor, place.module, what, place.pass_):
+            return False
         factor = 1.0 if one.exact else self._widening.factor(one.sensor, place.pass_)
         readings = one.readings if factor == 1.0 else one.readings / factor
         self._log.append(Site(one.sensor, place.module, what, place.pass_, one.shape, one.exact), readings)
+        return True
 
     def covered(self, place: Place, operation: str) -> None:
         """A check has judged one call."""

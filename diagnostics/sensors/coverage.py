@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from traceback import extract_tb
 
 
 def broken(error: Exception) -> str:
-    """The reason of a call that is not covered because its check failed itself."""
+    """The reason of a call that is not covered because its check failed itself, and where."""
+    frames = extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     first = (str(error).splitlines() or [""])[0]  # torch goes on for pages
-    return f"the check itself failed: {type(error).__name__}: {first[:200]}"
+    return f"the check itself failed: {type(error).__name__}: {first[:200]}{where}"
 
 
 @dataclass(frozen=True, slots=True)

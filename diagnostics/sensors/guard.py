@@ -145,6 +145,17 @@ class Guard:
                 worst[key] = max(worst.get(key, 0.0), alarm.reading)
         return sum(self.widening.widen(sensor, pass_, reading) for (sensor, pass_), reading in sorted(worst.items()))
 
+    def mute(self, alarms: Iterable[Alarm]) -> int:
+        """Hear no more of the exact checks that raised these, which every device raises: they are lost coverage.
+
+        Returns how many were heard until now (`widening.count` sums them too).
+        """
+        return sum(
+            self.widening.mute(alarm.sensor, alarm.module, alarm.operation, alarm.pass_)
+            for alarm in alarms_of(alarms)
+            if alarm.exact
+        )
+
 
 def _device(model: nn.Module) -> torch.device:
     """Where the model computes; a guard may be made of one on the meta device, before it gets its memory."""

@@ -37,6 +37,7 @@ from diagnostics.sensors.written import Written
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
 _MULTIPLIES = frozenset((KERNEL, "sdpa", "sdpa_backward"))
 UNPLACED = Place(UNNAMED, FPROP)
+MUTED = "muted: its exact check alarms on every device alike"
 NOT_AGAIN = "no identity covers it, and nothing is run again"
 
 
@@ -213,10 +214,14 @@ class Inspection:
             return
         check = recompute.check if isinstance(call.before, recompute.Overwritten) else plan.check
         assert check is not None
-        with quiet():
+
+        def judge() -> None:
             if self._judge(place, plan.name, lambda: check(call, self), call) and is_thin(call):
                 kept = call if call.before is not None else replace(call, before=(call.args, call.kwargs))
                 self._look_twice(place, plan.name, lambda: recompute.check_target(kept, self))
+
+        with quiet():
+            self.account.tried(plan.name, judge, place)
 
     def _look_twice(self, place: Place, operation: str, again: Callable[[], Iterable[Checked]]) -> None:
         """Where it costs little, what an identity has judged is run again as well: that has no tolerance."""
@@ -233,10 +238,11 @@ class Inspection:
 
         True if an identity judged it, and nothing was run again.
         """
-        by_identity = True
+        by_identity, made, heard = True, 0, 0
         try:
             for one in check() if instead is None else decided(check(), instead, self):
-                self.account.keep(place, operation, one)
+                made += 1
+                heard += self.account.keep(place, operation, one)
                 by_identity &= one.sensor != recompute.SENSOR
         except (Unsupported, UnknownTolerance) as reason:
             if instead is not None and self._may_run_again(instead):
@@ -244,6 +250,9 @@ class Inspection:
                 self._judge(place, operation, lambda: recompute.check(plain, self))
             else:
                 self.account.skip(place, operation, str(reason))
+            return False
+        if made and not heard:
+            self.account.skip(place, operation, MUTED)
             return False
         self.account.covered(place, operation)
         self._covered = True

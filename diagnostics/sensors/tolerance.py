@@ -117,7 +117,8 @@ def shipped_table() -> ToleranceTable:
 class Widening:
     """How far each (sensor, pass) stands from the shipped tolerance; starts at `scale` and only ever grows to WIDEST.
 
-    Invariant: scale <= factor <= max(scale, WIDEST).
+    What has no tolerance is muted instead, place by place: an exact check that alarms wherever it is made is a broken
+    sensor, and would hold every step. Invariant: scale <= factor <= max(scale, WIDEST).
     """
 
     def __init__(self, scale: float = 1.0) -> None:
@@ -125,11 +126,24 @@ class Widening:
             raise ValueError(f"tolerance scale is {scale}, must be a positive finite number")
         self._scale = scale
         self._factors: dict[tuple[str, str], float] = {}
+        self._muted: set[tuple[str, str, str, str]] = set()
         self.count = 0  # widenings so far: recalibration is counted, never silent
 
     def factor(self, sensor: str, pass_: str) -> float:
         """What the shipped tolerance is multiplied by."""
         return self._factors.get((sensor, pass_), self._scale)
+
+    def mute(self, sensor: str, module: str, operation: str, pass_: str) -> bool:
+        """Hear no more of an exact check at one place; True if it was heard."""
+        place = (sensor, module, operation, pass_)
+        heard = place not in self._muted
+        self._muted.add(place)
+        self.count += heard
+        return heard
+
+    def is_muted(self, sensor: str, module: str, operation: str, pass_: str) -> bool:
+        """Whether it is."""
+        return bool(self._muted) and (sensor, module, operation, pass_) in self._muted
 
     def widen(self, sensor: str, pass_: str, reading: float) -> bool:
         """Make room for twice `reading`; True if the factor changed.

@@ -17,9 +17,9 @@ class Vote:
     """One recomputation of the alarmed rank's gradients.
 
     original: the run that alarmed. suspect: its replay on the same device. peer: the same sample ids on another
-    node. third: the same on a node that is neither (the spare). `exact` says of an original that a check without a
-    tolerance alarmed in it. `number` counts the votes of a role, from 1: only a
-    suspect casts more than one, and they count as one device.
+    node. third: the same on a node that is neither (the spare). `exact` says of an original and of a suspect that a
+    check without a tolerance alarmed. `number` counts the votes of a role, from 1: only a suspect casts more than one,
+    and they count as one device.
     """
 
     role: Role
@@ -110,7 +110,7 @@ def _agreed(original: Vote, suspect: Vote, peer: Vote) -> Ruling:
         return _blame(
             suspect, False, f"did not reproduce: {suspect.node} and {peer.node} agree on a result that the run lacked"
         )
-    if original.exact and not suspect.alarm:
+    if original.exact and not suspect.exact:
         return _blame(
             suspect,
             False,

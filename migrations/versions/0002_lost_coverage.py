@@ -13,14 +13,15 @@ NAMES = ("checks", "failed_checks", "unjudged")
 
 
 def upgrade() -> None:
-    """Add the counts."""
+    """Add the counts, and why."""
     with op.batch_alter_table("segments") as batch:
         for name in NAMES:
             batch.add_column(sa.Column(name, sa.BigInteger(), nullable=False, server_default="0"))
+        batch.add_column(sa.Column("lost_because", sa.Text()))
 
 
 def downgrade() -> None:
     """Drop them."""
     with op.batch_alter_table("segments") as batch:
-        for name in NAMES:
+        for name in ("lost_because", *NAMES):
             batch.drop_column(name)

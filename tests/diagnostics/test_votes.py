@@ -134,8 +134,11 @@ def test_a_check_of_bits_needs_no_other_result_to_be_right() -> None:
     ruling = decide(votes)
     assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, "a", False)
     assert decide(cast("xxx", original=alarmed)).verdict is Verdict.FALSE_ALARM
-    again = cast("xxx", original=replace(alarmed, exact=True), suspect=vote("suspect", "x", alarm=True))
+    loose = vote("suspect", "x", alarm=True)
+    again = cast("xxx", original=replace(alarmed, exact=True), suspect=replace(loose, exact=True))
     assert decide(again).verdict is Verdict.FALSE_ALARM  # an operator that never repeats: nothing to blame a device for
+    hidden = cast("xxx", original=replace(alarmed, exact=True), suspect=loose)
+    assert decide(hidden).verdict is Verdict.CORRUPT  # a tolerance that is too tight as well hides nothing
 
 
 def test_nonsense_is_refused() -> None:

@@ -95,7 +95,7 @@ def test_people_are_told_which_device_lost_how_much_and_why(any_store: Store, ca
         assert (entry["first_step"], entry["last_step"], entry["reasons"]) == (1, 4, ["broken", "refused"])
         says = (
             "sensors of dev-n1 on n1 (rank 1) fail: 122 checks failed themselves and 1 call could not be judged "
-            "between steps 1 and 4, beside 40 checks made: broken"
+            "between steps 1 and 4, beside 40 checks made: broken; refused"
         )
         assert [*lost(document)] == [("lost coverage", says)]
     listed = {

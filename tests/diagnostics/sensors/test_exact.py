@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.guarded_step import GuardedStep
+from diagnostics.sensors.inspection import MUTED
 
 aten = torch.ops.aten
 X = torch.arange(12.0).view(3, 4).flip(1)
@@ -91,6 +92,17 @@ def test_no_scale_and_no_recalibration_admits_a_difference(name: str) -> None:
         assert [alarm.exact for alarm in seen.alarms if math.isfinite(alarm.reading)] == [True], seen.alarms
         assert guard.recalibrate(seen.alarms) == 0
         assert not step(guard, name).clean
+
+
+def test_a_check_that_alarms_on_every_device_is_muted_at_its_place_and_listed() -> None:
+    guard = Guard(nn.Linear(2, 2), again=0.0)
+    seen = step(guard, "chosen")
+    assert guard.mute(seen.alarms) == 1
+    assert guard.mute(seen.alarms) == 0
+    muted = step(guard, "chosen")
+    assert muted.clean
+    assert muted.skipped == {MUTED: 1}
+    assert not step(guard, "order").clean  # the control: another check is heard
 
 
 def test_what_has_a_tolerance_is_admitted_by_a_scale_and_by_recalibration() -> None:
