@@ -112,6 +112,9 @@ class Gauge:
     def not_seen(self, operation: str, reason: str) -> None:
         """See `watch.Step`: what does not run here cannot be measured."""
 
+    def unseen(self, operation: str, results: Any, given: Any) -> None:
+        """See `watch.Step`."""
+
     def draws_saved(self) -> bool:
         """See `saved.Watcher`: hashes have no constant."""
         return False

@@ -20,6 +20,7 @@ class Account:
         self.coverage = coverage
         self.skipped: dict[str, int] = {}  # calls that their check could not judge, by reason
         self.failures = 0  # checks that failed themselves
+        self.asked = 0  # readings that are no check's: whether what none judges is finite
         self._log = log
         self._widening = widening
 

@@ -138,5 +138,7 @@ class _Away:
         stack, since = self._modes.pop(threading.get_ident(), ([], 0))
         for mode in stack:
             torch._C._push_on_torch_dispatch_stack(mode)
+            if mode.open:
+                mode.step.unseen(self._name, results, gradients)
         if stack and torch.is_grad_enabled():
             _mark(results, since)

@@ -54,9 +54,6 @@ ALIKE = 10.0
 # A bound of a reading stands for it below this. Calibration leaves readings of fp32 sums there, and so sees the same.
 _SURE = 0.5
 
-# On a GPU a row may hold infinities if its norm, as it is estimated, times this exceeds the largest number of its type.
-_NEAR = 4
-
 # Terms of a sum that one product of a matrix's rows with a vector may add, and one of a batch.
 _PART, _PART_OF_BATCHES = 4096, 512
 
@@ -97,7 +94,7 @@ def row_readings(
 ) -> Tensor:
     """Readings fp32 [..., M] of c [..., M, N] against left [..., M, K] times right [..., K, N]: |residual| / tolerance.
 
-    Never negative; NaN where c, or the prediction, is not finite, or norms overflow; on a GPU 0 by the prediction.
+    Never negative; NaN where c, or the prediction, is not finite, or norms overflow; on a GPU 0 where D is not.
     """
     if c.dtype == torch.bfloat16 and left.value.dtype == torch.bfloat16:
         return energy_readings(c, left, right, signs, kappa, alpha, None if plus is None else plus.probed)
@@ -108,7 +105,7 @@ def row_readings(
         predicted = predicted.mul_(alpha)
     if plus is not None:
         predicted = predicted.add_(plus.along)
-    judged = predicted.isfinite() if c.is_cuda else None
+    judged = plus.along.isfinite() if plus is not None and c.is_cuda else None  # what a mask closes: see `_added`
     residual = predicted.sub_(torch.matmul(c.float(), r)).abs_()
     noise = Z * kappa.accumulate_at(max(n, left.value.shape[-1]))
 
@@ -126,8 +123,6 @@ def row_readings(
         norms = output_norms(left, right, signs, alpha, plus)
         limit = size.mul_(noise).add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
         readings = residual.div_(limit)
-        if c.is_cuda:  # what is beyond the type's range is an infinity
-            readings = torch.where(readings.isfinite() | (norms < torch.finfo(c.dtype).max / _NEAR), readings, 0.0)
     else:
         readings = residual / (size * noise)
         if not c.is_cuda and bool((readings <= _SURE).all()):

@@ -55,8 +55,6 @@ def _by_rows(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench)
     group = group.clamp(max=right.shape[0] - 1)
     a = left.float()
     predicted = (a * torch.matmul(right.float(), r)[group]).sum(1)
-    if c.is_cuda:
-        mine = mine & predicted.isfinite()
     residual = predicted.sub_(torch.mv(c.float(), r)).abs_()
     rows = torch.linalg.vector_norm(a, dim=1).clamp(min=NORM_FLOOR)
     weights = torch.linalg.vector_norm(right, dim=(1, 2), dtype=torch.float32).clamp(min=NORM_FLOOR)[group]
@@ -74,7 +72,6 @@ def _by_inner(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench
     group = _groups(left.shape[1], offs)
     a, b = left.float().t(), right.float()  # [T, M], [T, N]
     predicted = _sums(a * torch.mv(b, r).unsqueeze(1), group, groups)
-    judged = predicted.isfinite() if c.is_cuda else None
     residual = predicted.sub_(torch.matmul(c.float(), r)).abs_()
     rows = _sums(a.square(), group, groups).sqrt_().clamp_(min=NORM_FLOOR)
     weights = _sums(b.square().sum(1, keepdim=True), group, groups).sqrt_().clamp_(min=NORM_FLOOR)
@@ -84,8 +81,7 @@ def _by_inner(c: Tensor, left: Tensor, right: Tensor, offs: Tensor, bench: Bench
         count = _sums(a.new_ones(a.shape[0], 1), group, groups).clamp_(min=1).sqrt_()
         norms = norms.add_(rows * weights / count)
         limit.add_(norms.clamp_(min=NORM_FLOOR).add_(subnormal_norm(c)), alpha=Z * kappa.output)
-    readings = residual.div_(limit)
-    return readings if judged is None else torch.where(judged, readings, 0.0)
+    return residual.div_(limit)
 
 
 def _of_sums(c: Tensor, size: Tensor, fp32: bool) -> Tensor:

@@ -28,13 +28,14 @@ from diagnostics.sensors.rows import PER_DIFFERENCE
 from diagnostics.sensors.sampling import NOT_DRAWN
 from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import Comparison, Statistic
+from diagnostics.sensors.unjudged import SENSOR as FINITE
 from diagnostics.sensors.upkeep import Upkeep
 from diagnostics.sensors.watch import Eyes, Keeper
 
 if TYPE_CHECKING:
     from diagnostics.sensors.guard import Guard
 
-FINITE, KEPT = "finite", "kept"
+KEPT = "kept"
 COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
 ELSEWHERE = "it ran in a thread other than the one that entered the step, and was not seen"
 
@@ -127,10 +128,14 @@ class GuardedStep:
         for module in guard.places.elsewhere:
             guard.account.note(module, "forward", ELSEWHERE)
         self._account_for(took)
-        if kind is None and not guard.account.checked and not len(guard.log) and not guard.failures:
+        if kind is None and not guard.account.checked and not self._heard() and not guard.failures:
             rows = guard.coverage()
             if all(row.reason != NOT_DRAWN for row in rows):
                 raise NothingToCheck(_nothing(rows))
+
+    def _heard(self) -> int:
+        """Readings of checks, also those of what was given to `check_finite` and its like."""
+        return len(self._guard.log) - self._inspection.account.asked
 
     def _account_for(self, took: float) -> None:
         """Tell the sampler what forward and backward took, and the checks in them and since the step before."""

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from diagnostics.sensors import recompute, saved
 from diagnostics.sensors.account import Account
 from diagnostics.sensors.announced import Announced, inside_announced
-from diagnostics.sensors.arguments import written_by
+from diagnostics.sensors.arguments import read_by, tensors, written_by
+from diagnostics.sensors.compiler import has_compiled
 from diagnostics.sensors.coverage import Coverage
 from diagnostics.sensors.gemm import KERNEL, fp32_precision, row_readings
 from diagnostics.sensors.gemm import SENSOR as GEMM
-from diagnostics.sensors.kinds import is_in_place
+from diagnostics.sensors.kinds import is_in_place, kind_of
 from diagnostics.sensors.operand import Operand, Operands
 from diagnostics.sensors.operation import Call, Checked, Unsupported
 from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
@@ -32,6 +34,7 @@ from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.thin import is_thin, is_thin_product
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
 from diagnostics.sensors.undecided import decided
+from diagnostics.sensors.unjudged import finite_readings, unlike
 from diagnostics.sensors.written import Written
 
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
@@ -67,6 +70,7 @@ class Inspection:
         self._table = table
         self._operands = Operands()
         self._again = again
+        self._all_seen = again >= 1 and sampler.budget is None and not has_compiled()
         self._recomputation = Recomputation(key, self.account, sampler, again) if compare else None
         self._seconds = 0.0
         self._covered = False  # whether a check has judged the call that is looked at
@@ -90,6 +94,7 @@ class Inspection:
             if plan.writes:
                 self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
             self.tried(plan.name, lambda: self._pass_by(plan, args, out))
+            self._ask(plan, func, args, kwargs, out)
             self._show(plan, func, args, kwargs, out)
             return out
         begin = time.perf_counter()
@@ -100,6 +105,7 @@ class Inspection:
         if plan.writes:
             self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
         self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
+        self._ask(plan, func, args, kwargs, out)
         self._seconds += time.perf_counter() - looked + ran - begin
         self._show(plan, func, args, kwargs, out)
         return out
@@ -208,9 +214,9 @@ class Inspection:
         place = self._place(plan, call.args)
         if plan.copies:
             self._places.copied(call.args[0], call.out)
-        unlike = _unlike(call)
-        if unlike is not None:
-            self.account.skip(place, plan.name, unlike)
+        strange = unlike(call)
+        if strange is not None:
+            self.account.skip(place, plan.name, strange)
             return
         check = recompute.check if isinstance(call.before, recompute.Overwritten) else plan.check
         assert check is not None
@@ -240,7 +246,10 @@ class Inspection:
         """
         by_identity, made, heard = True, 0, 0
         try:
-            for one in check() if instead is None else decided(check(), instead, self):
+            found = check()
+            if instead is not None and self._all_seen:
+                found = decided(found, instead, self, self._places.is_parameter)
+            for one in found:
                 made += 1
                 heard += self.account.keep(place, operation, one)
                 by_identity &= one.sensor != recompute.SENSOR
@@ -265,6 +274,26 @@ class Inspection:
             place = UNPLACED if plan is None else self._place(plan, args)
             shown.saw(plan, Call(func, args, kwargs, out), self._calls, place, self._covered)
 
+    def _ask(self, plan: Plan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Whether what no check has judged is finite, in a step in which what is not may pass.
+
+        What an operator wrote over is not known any more, unless it drew what it wrote.
+        """
+        if self._all_seen and not self._covered and (not plan.writes or kind_of(func) == "random"):
+            given = read_by(func, args, kwargs) if isinstance(func, OpOverload) else tensors((args, kwargs))
+            self.unseen(plan.name, tensors(out), given)
+
+    def unseen(self, operation: str, results: Iterable[Tensor | None], given: Iterable[Tensor | None]) -> None:
+        """See `watch.Step`."""
+        if self._all_seen:
+            with quiet():
+                self.tried(operation, lambda: self._finite(operation, results, given))
+
+    def _finite(self, operation: str, results: Iterable[Tensor | None], given: Iterable[Tensor | None]) -> None:
+        place = self._places.of((), False)
+        for one in finite_readings((t for t in results if t is not None), (t for t in given if t is not None)):
+            self.account.asked += self.account.keep(place, operation, one)
+
     def _may_run_again(self, call: Call) -> bool:
         """What an operator wrote over was kept for its identity only, not for another run."""
         drawn = self._sampler.draws(self._key, self._calls, self._again)
@@ -286,25 +315,6 @@ class Inspection:
         if not plan.product:
             return self._places.of((), False)
         return self._places.of([arg for arg in args if isinstance(arg, Tensor)][-2:], True)
-
-
-def _unlike(call: Call) -> str | None:
-    """What about a call's tensors no check can bear: of a quantised one even a view of its bits ends the process."""
-    results = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
-    for value in (*results, *call.args):
-        if isinstance(value, Tensor):
-            if type(value) not in (Tensor, torch.nn.Parameter):
-                return f"a {type(value).__name__}, which is no plain tensor"
-            if value.is_meta:
-                return "a meta tensor, which has no values"
-            if value.is_quantized:
-                return "a quantised tensor"
-            if value.is_nested:
-                return "a nested tensor"
-            if value._is_zerotensor():
-                return "zeros without memory"
-    layouts = {value.layout for value in results if isinstance(value, Tensor)} - {torch.strided}
-    return f"a result of layout {layouts.pop()}" if layouts else None
 
 
 def _made_again(again: Callable[[], Tensor], out: Tensor) -> Iterable[Checked]:

@@ -103,6 +103,13 @@ class Places:
             return None
         return cast[1]
 
+    def is_parameter(self, value: Tensor) -> bool:
+        """Whether `value` lies in the memory of one of the model's parameters."""
+        if value.layout is not torch.strided:
+            return False
+        at = bisect_right(self._starts, value.data_ptr()) - 1
+        return at >= 0 and value.data_ptr() < self._weights[at][0]
+
     def copied(self, source: Tensor, out: Tensor) -> None:
         """`out` holds the values of `source`, in another type or layout: a weight keeps its name."""
         if out.numel() != source.numel() or not self._starts:

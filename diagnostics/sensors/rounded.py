@@ -78,7 +78,7 @@ def energy_readings(
     """Readings fp32 [..., M] of bf16 c [..., M, N] against alpha times left [..., M, K] times right [..., K, N].
 
     probed: beta D S, fp32, broadcast against [..., M, probes]; None without an addend. Never negative; NaN where c, or
-    the prediction, is not finite, on a GPU 0 by the prediction.
+    the prediction, is not finite, on a GPU 0 where the addend is not.
     """
     n, inner = c.shape[-1], left.value.shape[-1]
     fused = on_device(c.device) if probed is None else None
@@ -114,8 +114,8 @@ def energy_readings(
     terms = left.row_norms.clamp(min=NORM_FLOOR) * weights.sqrt_().clamp_(min=NORM_FLOOR)
     limit.add_(terms, alpha=Z * abs(alpha) * kappa.accumulate_at(max(n, inner)))
     readings: Tensor = residual.div(limit).div_(count**0.5)
-    if c.is_cuda:  # where operands are not finite nothing is said
-        return torch.where(predicted.isfinite().all(-1), readings, 0.0)
+    if c.is_cuda:  # what a mask closes: see `gemm`
+        return readings if probed is None else torch.where(probed.isfinite().all(-1), readings, 0.0)
     if bool((readings <= _SURE).all()):
         return readings
     wide = probes.float()

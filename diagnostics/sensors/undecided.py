@@ -5,12 +5,15 @@ rows that read it, on both sides of an identity, and their readings are not fini
 others stand. Where all operands are finite such a reading is the alarm that it was. Results in fp16 that hold an
 infinity, which is what there is beyond 65,504, are run again likewise; those of products are not (`beyond`).
 
+Only where every operator of the step is looked at, for what comes of one that is not may be a device's fault: where
+calls are drawn, or compiled code runs unseen, such readings stand, and alarm. What no check judges is asked whether it
+is finite (`unjudged`). A parameter that is not finite is no operand to be excused: it was wrong before the step.
 Elsewhere than on a CPU nobody asks: the host would wait for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,13 +29,16 @@ from diagnostics.sensors.rows import some_strange
 _KNOWN = frozenset({"attn_mask", "attn_bias", "logsumexp"})
 
 
-def decided(checks: Iterable[Checked], call: Call, bench: Bench) -> Iterator[Checked]:
+def decided(
+    checks: Iterable[Checked], call: Call, bench: Bench, is_parameter: Callable[[Tensor], bool]
+) -> Iterator[Checked]:
     """The checks of a call, of which rows that they cannot judge are left to a second run.
 
     Raises Unsupported, after the others, where there can be none: what the operator wrote over was not kept.
     """
     found = list(checks)
-    if not any(not one.readings.is_cuda and some_strange(one.readings) for one in found) or _is_clear(call):
+    asked = any(not one.readings.is_cuda and some_strange(one.readings) for one in found)
+    if not asked or _is_clear(call, is_parameter):
         yield from found
         return
     for one in found:
@@ -46,10 +52,11 @@ def _is_grouped(call: Call) -> bool:
     return call.func.overloadpacket in grouped.CHECKS
 
 
-def _is_clear(call: Call) -> bool:
-    """Whether what is not finite was made of what is, by an operator whose results end where fp32 does."""
-    if not all(all_finite(t) for t in _operands(call)):
-        return False
+def _is_clear(call: Call, is_parameter: Callable[[Tensor], bool]) -> bool:
+    """Whether what is not finite was made of what is, or of a parameter, by an operator that ends where fp32 does."""
+    strange = [t for t in _operands(call) if not all_finite(t)]
+    if strange:
+        return any(is_parameter(t) for t in strange)
     results = [t for t in tree_leaves(call.out) if isinstance(t, Tensor) and t.dtype == torch.float16]
     return call.func.overloadpacket in gemm.CHECKS or not any(bool(t.isinf().any()) for t in results)
 

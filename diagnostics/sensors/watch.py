@@ -27,6 +27,9 @@ class Step(Watcher, Protocol):
     def not_seen(self, operation: str, reason: str) -> None:
         """Something ran that the eyes were kept from."""
 
+    def unseen(self, operation: str, results: Iterable[Tensor | None], given: Iterable[Tensor | None]) -> None:
+        """This is what it made of what it was given."""
+
 
 class Eyes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operators of forward and backward, in whichever thread autograd runs them.

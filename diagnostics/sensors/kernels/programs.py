@@ -295,8 +295,7 @@ def energy(
     typical = weights * scale / tl.maximum(tl.load(heavy + batch), 1)
     limit = tl.maximum(tl.sqrt(estimate + square * tl.maximum(gain, typical)), floor) * rounding
     limit += tl.maximum(tl.sqrt(square), floor) * (tl.maximum(tl.sqrt(weights), floor) * sums)
-    strange = tl.sum(tl.where(tl.abs(expected) < float("inf"), 0, 1), 1)  # of such rows nothing is said
-    tl.store(readings + place, tl.where(strange > 0, 0.0, residual / limit), mask=there)
+    tl.store(readings + place, residual / limit, mask=there)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 from operations import CPU, CpuBench, alarms, aten, outliers, run, worst
 from torch import Tensor, nn
 
-from diagnostics.sensors import attention, attention_backward, gemm, grouped, moves, recompute, rows
+from diagnostics.sensors import attention, attention_backward, gemm, moves, recompute, rows
 from diagnostics.sensors import inspection as inspection_module
 from diagnostics.sensors.digest import differ, digest, digest_on_device, stamp
 from diagnostics.sensors.guard import Guard
@@ -151,12 +151,9 @@ def test_kernels_of_products_have_no_constant_where_these_lose_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_of_rows_that_operands_leave_infinite_a_gpu_says_nothing(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There nobody asks what is finite: the host would wait. Rows whose prediction is not are left out."""
+def test_of_rows_that_a_mask_closes_a_gpu_says_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There nobody asks what is finite: the host would wait. Other operands that are not finite alarm."""
     a, w, d = (outliers(*shape, seed=2, dtype=dtype) for shape in ((9, 16), (16, 12), (9, 12)))
-    a[2, 3] = torch.nan
     d[:5].masked_fill_(torch.ones(5, 12, dtype=torch.bool).triu_(5), -torch.inf)
     signs, kappa = Signs(3, CPU), CpuBench().kappa("mm", a)
 
@@ -176,19 +173,6 @@ def test_of_rows_that_operands_leave_infinite_a_gpu_says_nothing(
         assert found(bad) == [row == 7 for row in range(9)]
 
 
-def test_an_infinity_in_fp16_is_taken_on_a_gpu_where_the_row_is_about_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    a, w = (outliers(*shape, seed=2).half() for shape in ((9, 64), (64, 12)))
-    a[3] *= 1e4
-    signs, kappa = Signs(3, CPU), CpuBench().kappa("mm", a)
-    out = a @ w
-    assert bool(out[3].isinf().any())
-    assert bool((gemm.row_readings(out, Operand(a), Operand(w), signs, kappa) <= 1).all())
-    out[5, 1] = torch.inf
-    readings = gemm.row_readings(out, Operand(a), Operand(w), signs, kappa)
-    assert [not value <= 1 for value in readings.tolist()] == [row == 5 for row in range(9)]
-
-
 def test_a_bf16_product_that_its_addend_cancels_is_quiet_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", True)
     a, w = (outliers(*shape, seed=2).abs().bfloat16() for shape in ((40, 512), (512, 48)))
@@ -200,21 +184,3 @@ def test_a_bf16_product_that_its_addend_cancels_is_quiet_on_a_gpu(monkeypatch: p
     out[7] += 0.1 * d[7]
     readings = gemm.row_readings(out, Operand(a), Operand(w), signs, kappa, 1.0, plus)
     assert [not value <= 1 for value in readings.tolist()] == [row == 7 for row in range(40)]
-
-
-@pytest.mark.parametrize("by_rows", [True, False])
-def test_of_a_group_that_operands_leave_infinite_a_gpu_says_nothing(
-    by_rows: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a = outliers(16, 8, seed=4, dtype=torch.bfloat16)
-    w = outliers(2, 8, 8, seed=5, dtype=torch.bfloat16) if by_rows else outliers(16, 8, seed=5, dtype=torch.bfloat16)
-    a[3, 3] = torch.inf
-    given = (a, w) if by_rows else (a.t(), w)
-    call = run(aten._grouped_mm.default, *given, torch.tensor([8, 16], dtype=torch.int32))
-    bad = (13, 2) if by_rows else (1, 2, 2)
-    for change, expected in ((0.0, False), (1e3, True)):
-        call.out[bad] += change
-        assert alarms(grouped.CHECKS, call)
-        with monkeypatch.context() as patch:
-            patch.setattr(Tensor, "is_cuda", True)
-            assert alarms(grouped.CHECKS, call) is expected

@@ -69,7 +69,7 @@ def test_no_second_result_of_full_size_is_made(cuttable: bool, monkeypatch: pyte
 
     class Counted:
         _schema, tags, overloadpacket = aten.silu.default._schema, aten.silu.default.tags, aten.silu
-        _overloadname = "default"
+        _overloadname, namespace = "default", "aten"
 
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             made.append(x.numel())
