@@ -110,6 +110,10 @@ class Guard:
         current = 0 if self.current is None else self.current.failures
         return self._failures + current + (0 if self.upkeep is None else self.upkeep.failures)
 
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Those of the model, as they are now."""
+        return self._model.parameters()
+
     def coverage(self) -> list[CoverageRow]:
         """What was checked in all steps so far, by place, operator and pass, and why the rest was not."""
         return self.account.rows()

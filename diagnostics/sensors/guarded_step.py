@@ -29,6 +29,7 @@ from diagnostics.sensors.sampling import NOT_DRAWN
 from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import Comparison, Statistic
 from diagnostics.sensors.unjudged import SENSOR as FINITE
+from diagnostics.sensors.unjudged import parameter_readings
 from diagnostics.sensors.upkeep import Upkeep
 from diagnostics.sensors.watch import Eyes, Keeper
 
@@ -92,6 +93,9 @@ class GuardedStep:
         if guard.enabled:
             if guard.upkeep is not None:
                 self._look_back(guard.upkeep)
+            if self._inspection.all_seen:
+                with quiet():
+                    self._inspection.tried("parameters", self._ask_parameters)
             compiled = guard.compiled or has_compiled()
             guard.places.begin(self._modes, follow=not guard.compiled)
             self._eyes = self._modes.enter_context(Eyes(self._inspection))
@@ -109,6 +113,13 @@ class GuardedStep:
     def under_way(self) -> bool:
         """Whether the step's block has been entered and not left."""
         return self._entered and not self._left
+
+    def _ask_parameters(self) -> None:
+        """One that is not finite was wrong before the step, and what it is read with would be excused by it."""
+        readings = parameter_readings(self._guard.parameters(), self._guard.device)
+        site = Site(FINITE, "<parameters>", "value", "step", tuple(readings.shape))
+        self._guard.log.append(site, readings)
+        self._inspection.account.asked += len(readings) > 0
 
     def _look_back(self, upkeep: Upkeep) -> None:
         """What the optimizer did since the last step, and whether the state is still what it wrote."""
@@ -205,7 +216,7 @@ class GuardedStep:
     @property
     def checks(self) -> int:
         """How many checks were made."""
-        return self._settled.checks if self._settled is not None else len(self._guard.log)
+        return self._settled.checks if self._settled is not None else self._heard()
 
     def observe(self, name: str, value: Tensor | float, remember: bool = True) -> None:
         """Remember a scalar (loss, gradient norm) for the statistics; alarm if it is not finite.
@@ -282,7 +293,7 @@ class GuardedStep:
         with quiet():
             worst = log.worst()
             alarms = [] if worst <= 1.0 else log.alarms()
-            return Seen(worst, alarms, self._statistics(), len(log))
+            return Seen(worst, alarms, self._statistics(), self._heard())
 
     def _statistics(self) -> Comparison:
         """All scalars that lie on the device come over in one tensor."""

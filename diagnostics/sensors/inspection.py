@@ -70,7 +70,7 @@ class Inspection:
         self._table = table
         self._operands = Operands()
         self._again = again
-        self._all_seen = again >= 1 and sampler.budget is None and not has_compiled()
+        self.all_seen = again >= 1 and sampler.share >= 1 and sampler.budget is None and not has_compiled()
         self._recomputation = Recomputation(key, self.account, sampler, again) if compare else None
         self._seconds = 0.0
         self._covered = False  # whether a check has judged the call that is looked at
@@ -247,7 +247,7 @@ class Inspection:
         by_identity, made, heard = True, 0, 0
         try:
             found = check()
-            if instead is not None and self._all_seen:
+            if instead is not None and self.all_seen:
                 found = decided(found, instead, self, self._places.is_parameter)
             for one in found:
                 made += 1
@@ -279,13 +279,13 @@ class Inspection:
 
         What an operator wrote over is not known any more, unless it drew what it wrote.
         """
-        if self._all_seen and not self._covered and (not plan.writes or kind_of(func) == "random"):
+        if self.all_seen and not self._covered and (not plan.writes or kind_of(func) == "random"):
             given = read_by(func, args, kwargs) if isinstance(func, OpOverload) else tensors((args, kwargs))
             self.unseen(plan.name, tensors(out), given)
 
     def unseen(self, operation: str, results: Iterable[Tensor | None], given: Iterable[Tensor | None]) -> None:
         """See `watch.Step`."""
-        if self._all_seen:
+        if self.all_seen:
             with quiet():
                 self.tried(operation, lambda: self._finite(operation, results, given))
 

@@ -49,6 +49,15 @@ def finite_readings(results: Iterable[Tensor], operands: Iterable[Tensor]) -> It
             yield Checked(SENSOR, "out", reading, tuple(result.shape))
 
 
+def parameter_readings(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Readings fp32 [n], NaN or 0, on `device`: whether each of n parameters that have values is finite."""
+    kept = [p.detach() for p in parameters if _has_values(p)]
+    if not kept:
+        return torch.zeros(0, dtype=torch.float32, device=device)
+    largest = torch.stack([norm.abs().float().to(device) for norm in torch._foreach_norm(kept, torch.inf)])
+    return largest * 0
+
+
 def _strays(t: Tensor) -> Tensor:
     """fp32 [1]: NaN if an element is not finite, else 0."""
     low, high = torch.aminmax(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t)

@@ -107,6 +107,19 @@ def test_a_weight_that_is_not_finite_holds_every_step() -> None:
         model[1].weight[2, 3] = torch.nan
     guard = Guard(model)
     assert [clean(model, guard, key=key) for key in range(3)] == [False, False, False]
+    assert clean(nn.Linear(16, 4), Guard(nn.Linear(16, 4)))  # the control
+
+
+def test_a_weight_that_is_only_looked_up_is_asked_too() -> None:
+    """What comes of it is an operand like others."""
+    table, head = nn.Embedding(8, 16), nn.Linear(16, 4)
+    guard = Guard(nn.ModuleList([table, head]))
+    for value, expected in ((1.0, True), (torch.nan, False), (torch.inf, False)):
+        with torch.no_grad():
+            table.weight[3, 2] = value
+        with guard.step() as step:
+            head(table(torch.tensor([[1, 3]]))).square().mean().backward()
+        assert step.clean == expected
 
 
 def test_where_calls_are_drawn_nothing_is_excused() -> None:
