@@ -51,15 +51,17 @@ def test_says_everything_once_and_stops_at_the_end(capsys, monkeypatch) -> None:
     ]
 
 
-def test_says_once_whose_sensors_fail(capsys, monkeypatch) -> None:
+def test_says_once_whose_sensors_fail_and_again_when_there_is_another_reason(capsys, monkeypatch) -> None:
     monkeypatch.setattr("controller.cli.follow.POLL_S", 0.0)
     running = {"status": "RUNNING", "generation": 1, "committed_steps": 3, "loss": []}
-    lost = [{"rank": 1, "device": "cpu-1", "text": "sensors of cpu-1 on n1 (rank 1) fail"}]
-    ill = {**running, "lost_coverage": lost}
+    first = {"rank": 1, "device": "cpu-1", "text": "sensors of cpu-1 fail: one", "reasons": ["one"]}
+    later = {**first, "text": "sensors of cpu-1 fail: one; two", "reasons": ["one", "two"]}
+    ill, worse = ({**running, "lost_coverage": [entry]} for entry in (first, later))
     with Display(40) as display:
-        follow(Script([running, ill, ill, {**ill, "status": "COMPLETED"}], []), "job-1", display, lambda: None)  # type: ignore[arg-type]
+        script = Script([running, ill, ill, worse, {**worse, "status": "COMPLETED"}], [])
+        follow(script, "job-1", display, lambda: None)  # type: ignore[arg-type]
     said = capsys.readouterr().err.splitlines()
-    assert said == ["training, generation 1 step 3/40", "sensors of cpu-1 on n1 (rank 1) fail", "completed step 3/40"]
+    assert said == ["training, generation 1 step 3/40", first["text"], later["text"], "completed step 3/40"]
 
 
 def test_an_open_incident_is_not_called_recovered() -> None:
