@@ -117,6 +117,8 @@ class GuardedStep:
     def _ask_parameters(self) -> None:
         """One that is not finite was wrong before the step, and what it is read with would be excused by it."""
         readings = parameter_readings(self._guard.parameters(), self._guard.device)
+        if not readings.is_cuda and not bool(readings.isnan().any()):
+            return
         site = Site(FINITE, "<parameters>", "value", "step", tuple(readings.shape))
         self._guard.log.append(site, readings)
         self._inspection.account.asked += len(readings) > 0

@@ -292,7 +292,8 @@ class Inspection:
     def _finite(self, operation: str, results: Iterable[Tensor | None], given: Iterable[Tensor | None]) -> None:
         place = self._places.of((), False)
         for one in finite_readings((t for t in results if t is not None), (t for t in given if t is not None)):
-            self.account.asked += self.account.keep(place, operation, one)
+            if one.readings.is_cuda or bool(one.readings.isnan()):
+                self.account.asked += self.account.keep(place, operation, one)
 
     def _may_run_again(self, call: Call) -> bool:
         """What an operator wrote over was kept for its identity only, not for another run."""
