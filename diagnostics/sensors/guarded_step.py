@@ -58,7 +58,7 @@ class GuardedStep:
     """What the sensors saw in one step. Reading any of clean, worst, alarms or evidence waits for the device once.
 
     Within its block they tell what was seen so far; afterwards the step is settled by the first that is asked, and
-    later readings are ignored. Asking a step whose block was never entered raises RuntimeError.
+    giving it anything more raises RuntimeError, as does asking one whose block was never entered.
     """
 
     def __init__(self, guard: Guard, key: int) -> None:
@@ -223,9 +223,10 @@ class GuardedStep:
     def observe(self, name: str, value: Tensor | float, remember: bool = True) -> None:
         """Remember a scalar (loss, gradient norm) for the statistics; alarm if it is not finite.
 
-        Raises TypeError or ValueError when it is not one real number.
+        Raises TypeError or ValueError when it is not one real number, RuntimeError after the step was asked.
         """
         check_scalar(name, value)
+        self._open(name)
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self._guard.device).detach().reshape(())
         if remember:
             self._scalars.append(((name,), tensor.reshape(1), 0.0))
@@ -234,17 +235,28 @@ class GuardedStep:
     def observe_all(self, names: Sequence[str], values: Tensor | Sequence[float], least: float = 0.0) -> None:
         """Remember scalars [names] for the statistics alone: whatever they are, nothing alarms. No host sync.
 
-        `least` is the smallest spread that they are measured by: what changes by less is not unusual.
+        `least` is the smallest spread that they are measured by: what changes by less is not unusual. Raises
+        RuntimeError after the step was asked.
         """
+        self._open(", ".join(names))
         self._scalars.append((names, values, least))
+
+    def _open(self, name: str) -> None:
+        """What is given to a step after its verdict would not be part of it."""
+        if self._settled is not None:
+            raise RuntimeError(
+                f"{name} comes after this step was asked whether it is clean, and would not be checked: give it to the "
+                f"step before `step.clean`, `worst`, `alarms` or `evidence` is read"
+            )
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Alarm if any element is not finite, of a complex one either part. One pass over the tensor, no host sync.
 
-        Raises TypeError when it is no tensor.
+        Raises TypeError when it is no tensor, RuntimeError after the step was asked.
         """
         check_tensor(name, tensor)
-        if not self._guard.enabled or self._settled is not None or tensor.numel() == 0:
+        self._open(name)
+        if not self._guard.enabled or tensor.numel() == 0:
             return
 
         def read() -> None:
@@ -260,10 +272,11 @@ class GuardedStep:
     def check_equal(self, name: str, tensor: Tensor, value: float) -> None:
         """Alarm if any element is not `value`: of what is kept beside the graph and must not change. No host sync.
 
-        Raises TypeError when it is no tensor.
+        Raises TypeError when it is no tensor, RuntimeError after the step was asked.
         """
         check_tensor(name, tensor)
-        if not self._guard.enabled or self._settled is not None:
+        self._open(name)
+        if not self._guard.enabled:
             return
 
         def read() -> None:
@@ -275,7 +288,7 @@ class GuardedStep:
             self._inspection.tried(KEPT, read)
 
     def settle(self) -> Seen:
-        """Read the device and keep what was seen; later readings of this step are ignored."""
+        """Read the device and keep what was seen; nothing more can be given to this step."""
         if self._settled is None:
             if self._eyes is not None:
                 self._eyes.open = False

@@ -18,6 +18,7 @@ from diagnostics.sensors.announced import Announced, inside_announced
 from diagnostics.sensors.arguments import read_by, tensors, written_by
 from diagnostics.sensors.compiler import has_compiled
 from diagnostics.sensors.coverage import Coverage
+from diagnostics.sensors.facts import facts_of
 from diagnostics.sensors.gemm import KERNEL, fp32_precision, row_readings
 from diagnostics.sensors.gemm import SENSOR as GEMM
 from diagnostics.sensors.kinds import is_in_place, kind_of
@@ -27,7 +28,8 @@ from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog
 from diagnostics.sensors.recomputation import Recomputation
-from diagnostics.sensors.registry import Plan, plan_of
+from diagnostics.sensors.regions import inside
+from diagnostics.sensors.registry import Plan
 from diagnostics.sensors.rows import PER_DIFFERENCE, differences, rows_of
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.signs import Signs
@@ -80,11 +82,14 @@ class Inspection:
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator and look at it."""
         self.operators += 1
-        self.written.note(func, args, kwargs)
-        plan = plan_of(func)
+        facts = facts_of(func)
+        plan = facts.plan
+        if facts.writes:
+            self.written.note(func, args, kwargs)
         if plan is None or inside_announced():
             out = func(*args, **kwargs)
-            self._show(None, func, args, kwargs, out)
+            if facts.changes:
+                self._show(None, func, args, kwargs, out)
             return out
         self._calls += 1
         self._covered = False
@@ -95,7 +100,8 @@ class Inspection:
                 self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
             self.tried(plan.name, lambda: self._pass_by(plan, args, out))
             self._ask(plan, func, args, kwargs, out)
-            self._show(plan, func, args, kwargs, out)
+            if facts.changes or inside():
+                self._show(plan, func, args, kwargs, out)
             return out
         begin = time.perf_counter()
         before = self.tried(plan.name, lambda: self._before(plan, func, args, kwargs))
@@ -107,7 +113,8 @@ class Inspection:
         self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self._ask(plan, func, args, kwargs, out)
         self._seconds += time.perf_counter() - looked + ran - begin
-        self._show(plan, func, args, kwargs, out)
+        if facts.changes or inside():
+            self._show(plan, func, args, kwargs, out)
         return out
 
     def announced(self, product: Announced, out: Tensor) -> None:
@@ -270,7 +277,7 @@ class Inspection:
     def _show(self, plan: Plan | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """To the fingerprints, where they care."""
         shown = self._recomputation
-        if shown is not None and shown.wants(plan, func):
+        if shown is not None and isinstance(func, OpOverload):
             place = UNPLACED if plan is None else self._place(plan, args)
             shown.saw(plan, Call(func, args, kwargs, out), self._calls, place, self._covered)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 from torch import Tensor
-from torch._ops import OpOverload
 
 from diagnostics.sensors import fingerprints
 from diagnostics.sensors.account import Account
@@ -30,12 +29,6 @@ class Recomputation:
         self._sampler = sampler
         self._again = again
         self._prints: Fingerprints | None = Fingerprints()
-
-    def wants(self, plan: Plan | None, func: object) -> bool:
-        """Whether it is to be shown an operator: those of a region, and any that writes to memory."""
-        if self._prints is None or not isinstance(func, OpOverload):
-            return False
-        return (plan is not None and inside()) or fingerprints.changes(func)
 
     def saw(self, plan: Plan | None, call: Call, number: int, place: Place, covered: bool) -> None:
         """In a checkpointed region, keep what the operator made, or compare it; outside, hear of what it wrote to.

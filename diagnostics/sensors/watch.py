@@ -17,6 +17,9 @@ from diagnostics.sensors.announced import Watcher
 from diagnostics.sensors.compiler import never_compiled
 from diagnostics.sensors.formulas import CHOOSES, CONJUGATES, Formulas, conjugates
 
+# By address: a torch operator hashes in Python, slowly, and these live as long as torch does.
+_CONJUGATES, _CHOOSES = (frozenset(map(id, funcs)) for funcs in (CONJUGATES, CHOOSES))
+
 
 class Step(Watcher, Protocol):
     """Whoever looks."""
@@ -68,7 +71,7 @@ class Eyes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if _tracing():
                 return func(*args, **(kwargs or {}))  # by the mode below: the subclass would refuse
             return NotImplemented  # a tensor subclass: it takes itself apart first, and its parts are seen
-        if func in CONJUGATES:
+        if id(func) in _CONJUGATES:
             with conjugates():
                 return self._look(func, args, kwargs or {})
         return self._look(func, args, kwargs or {})
@@ -79,7 +82,7 @@ class Eyes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.formulas.waits:
             self.formulas.settle()
         out = self.step.run(func, args, kwargs)
-        if func in CHOOSES:
+        if id(func) in _CHOOSES:
             self.formulas.wait_for(out)
         return out
 

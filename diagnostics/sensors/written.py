@@ -22,10 +22,8 @@ class Written:
         self.writes = 0
         self._last: dict[int, int] = {}  # by storage; one that is still held has its address to itself
 
-    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An operator is about to run."""
-        if not isinstance(func, OpOverload) or not targets(func):
-            return
+    def note(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An operator that writes to an argument is about to run."""
         trains = _training(func, args, kwargs)
         for target in targets(func):
             if trains or target.declared:

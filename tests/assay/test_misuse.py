@@ -83,9 +83,39 @@ def test_asking_within_the_block_does_not_blind_the_rest() -> None:
         assert [each.name for each in step.evidence] == ["loss"]
     assert not step.clean
     assert step.checks > before + 1
+
+
+def test_what_comes_after_the_verdict_is_refused() -> None:
+    """It would be no part of it: before, all of these are."""
+    model = nn.Linear(4, 4)
+    guard = assay.Guard(model)
+    loss = torch.tensor(math.nan)
+
+    def give() -> list[Callable[[], None]]:
+        return [
+            lambda: step.observe("loss", loss),
+            lambda: step.observe_all(["loss"], loss.reshape(1)),
+            lambda: step.check_finite("loss", loss),
+            lambda: step.check_equal("loss", loss, 1.0),
+            lambda: guard.check_finite("loss", loss),
+            lambda: guard.check_equal("loss", loss, 1.0),
+        ]
+
+    with guard.step() as step:
+        run(model)
+    assert step.clean
     checks = step.checks
-    step.observe("loss", math.nan)  # settled by now
-    assert step.checks == checks
+    for late in give():
+        with pytest.raises(RuntimeError, match="loss comes after this step was asked"):
+            late()
+    assert (step.clean, step.checks) == (True, checks)
+    with guard.step() as step:
+        run(model)
+        checks = step.checks
+        for early in give():
+            early()
+        assert not step.clean
+    assert step.checks == checks + 5  # all but the statistics
 
 
 def test_one_step_of_a_guard_at_a_time() -> None:

@@ -99,7 +99,7 @@ def test_gradients_whose_formula_depends_on_modes(name: str, monkeypatch: pytest
     unseen = [row for row in guard.coverage() if "depends on whether a mode is active" in row.reason]
     assert unseen
     assert all(row.checked == 0 and row.calls > 0 for row in unseen)
-    monkeypatch.setattr(watch, "CHOOSES", frozenset())
+    monkeypatch.setattr(watch, "_CHOOSES", frozenset())
     assert not same(plain, made(RUNS[name], nn.Linear(2, 2))[0])
 
 
@@ -211,7 +211,7 @@ def test_complex_pseudo_inverses_and_residuals_are_right(monkeypatch: pytest.Mon
     with guard.step() as step:
         assert same(plain, run())
     assert step.clean
-    monkeypatch.setattr(watch, "CONJUGATES", frozenset())
+    monkeypatch.setattr(watch, "_CONJUGATES", frozenset())
     with guard.step():
         wrong = run()
     assert not any(torch.allclose(a, b, rtol=0.01) for a, b in zip(plain, wrong, strict=True))

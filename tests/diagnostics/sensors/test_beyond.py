@@ -85,10 +85,12 @@ def test_huge_operands_are_quiet_and_wrong_elements_are_not(
             bad[row, column] = wrong
             assert alarms(CHECKS, with_result(call, bad), CpuBench(seed)), wrong
     elif of_added is None:
-        column = int((a[row].double() @ w.double()).abs().argmax())
+        exact = (a[row].double() @ w.double()).abs()
+        column = int(exact.argmax())
         bad = call.out.clone()
         bad[row, column] = 0.0
-        assert alarms(CHECKS, with_result(call, bad), CpuBench(seed))
+        cancels = exact[column] < terms / 16  # to what lies below the floor
+        assert cancels or alarms(CHECKS, with_result(call, bad), CpuBench(seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
