@@ -9,6 +9,7 @@ the operands where it is not finite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -54,13 +55,18 @@ def parameter_readings(parameters: Iterable[Tensor], device: torch.device) -> Te
     kept = [p.detach() for p in parameters if _has_values(p)]
     if not kept:
         return torch.zeros(0, dtype=torch.float32, device=device)
+    if all(p.is_cpu for p in kept):
+        return torch.cat([_strays(p) for p in kept]).to(device)
     largest = torch.stack([norm.abs().float().to(device) for norm in torch._foreach_norm(kept, torch.inf)])
     return largest * 0
 
 
 def _strays(t: Tensor) -> Tensor:
     """fp32 [1]: NaN if an element is not finite, else 0."""
-    low, high = torch.aminmax(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t)
+    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    if t.is_cpu and math.isfinite(t.sum()):  # of an infinity or NaN no sum is; three times as fast on a CPU
+        return torch.zeros(1, dtype=torch.float32)
+    low, high = torch.aminmax(t)
     return (low * 0 + high * 0).float().reshape(1)
 
 
