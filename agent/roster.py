@@ -68,10 +68,6 @@ class Roster:
         """The member that began as `standby`."""
         return self._members.get(standby)
 
-    def by_pid(self, pid: int) -> Member | None:
-        """The member that is process `pid`."""
-        return next((member for member in self._members.values() if pid and member.pid == pid), None)
-
     def add(self, standby: str, job: str, spec: str) -> Member:
         """A standby was asked for."""
         self._members[standby] = member = Member(standby, job, spec)

@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
-_PR_SET_PDEATHSIG = 1
 #: Between two looks at /proc while processes die.
 _POLL_S = 0.02
 
@@ -16,11 +15,6 @@ _POLL_S = 0.02
 def become_subreaper() -> None:
     """Orphaned descendants become our children instead of init's, so none of them escapes."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def die_with_parent() -> None:
-    """SIGKILL this process when the thread that started it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def descendants(root: int) -> list[int]:

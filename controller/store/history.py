@@ -34,12 +34,6 @@ def load_marks(store: Store) -> dict[tuple[str, int], int]:
         return {(row.node, row.epoch): row.seq for row in connection.execute(select(marks))}
 
 
-def last_seq(store: Store) -> int:
-    """Give the seq of the newest event; 0 if there is none."""
-    with told(store.url), store.reader.connect() as connection:
-        return connection.execute(select(func.max(events.c.seq))).scalar() or 0
-
-
 def load_snapshot(store: Store, version: int) -> tuple[int, dict[str, Any]] | None:
     """Give the newest snapshot of this version and the seq of the event that it includes."""
     newest = select(snapshots).where(snapshots.c.version == version).order_by(snapshots.c.seq.desc()).limit(1)
