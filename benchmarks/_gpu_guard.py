@@ -11,8 +11,8 @@ from benchmarks._gpu_models import Case
 from diagnostics.faults.models import Fault
 from diagnostics.faults.sites import Census, Site
 from diagnostics.faults.strike import Blow, Strike
+from diagnostics.sensors.checks.rows import bits as bits_of
 from diagnostics.sensors.guard import Guard
-from diagnostics.sensors.rows import bits as bits_of
 from diagnostics.sensors.tolerance import ToleranceTable
 
 #: What embeddings are multiplied by: clean steps at either size must not alarm.

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from agent.model.fp8 import kernels as recipe
 from benchmarks._figures import Figure
+from diagnostics.sensors.checks.operand import Operand
+from diagnostics.sensors.checks.rounded import energy_readings
+from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.kernels.hashing import hashed
 from diagnostics.sensors.kernels.product import multiply, multiply_quantised
 from diagnostics.sensors.kernels.quantised import BLOCK, quantise
-from diagnostics.sensors.operand import Operand
-from diagnostics.sensors.rounded import energy_readings
-from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import shipped_table
 
 #: A layer's: tokens, hidden size and the inner one of its feed-forward part.

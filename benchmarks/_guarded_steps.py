@@ -21,11 +21,11 @@ from benchmarks._decoder import VOCABULARY, WINDOW, Decoder
 from benchmarks._struck import Flip, eyes_of_step, strike_all
 from benchmarks._touched import Touched
 from diagnostics.sensors.announced import Announced
+from diagnostics.sensors.checks.registry import plan_of
 from diagnostics.sensors.coverage import Coverage, CoverageRow
 from diagnostics.sensors.guard import Guard, GuardedStep
 from diagnostics.sensors.inspection import Inspection
 from diagnostics.sensors.outlay import seconds_an_operator
-from diagnostics.sensors.registry import plan_of
 from diagnostics.sensors.upkeep import Upkeep
 
 # Steps before the first round: the first plain one asks for memory, and a budget learns its share in two of its own.

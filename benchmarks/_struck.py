@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from diagnostics.faults.bits import flipped, width_of
 from diagnostics.faults.sites import makes_values, results
 from diagnostics.sensors.announced import Announced
+from diagnostics.sensors.checks.registry import plan_of
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog
-from diagnostics.sensors.registry import plan_of
 from diagnostics.sensors.watch import Eyes, Step
 
 

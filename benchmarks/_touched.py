@@ -10,9 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diagnostics.sensors.operation import Call
-from diagnostics.sensors.registry import plan_of
-from diagnostics.sensors.thin import is_thin
+from diagnostics.sensors.checks.operation import Call
+from diagnostics.sensors.checks.registry import plan_of
+from diagnostics.sensors.checks.thin import is_thin
 
 # Eight times the L3 of the machines measured so far (32 MiB).
 _BYTES = 1 << 28

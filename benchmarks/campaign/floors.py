@@ -17,10 +17,10 @@ from torch import Tensor
 
 from diagnostics.faults.bits import integers
 from diagnostics.faults.models import Damage
-from diagnostics.sensors.gemm import ALIKE
-from diagnostics.sensors.registry import plan_of
-from diagnostics.sensors.rows import rounding
-from diagnostics.sensors.signs import LEAST
+from diagnostics.sensors.checks.gemm import ALIKE
+from diagnostics.sensors.checks.registry import plan_of
+from diagnostics.sensors.checks.rows import rounding
+from diagnostics.sensors.checks.signs import LEAST
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Z
 
 aten = torch.ops.aten

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.calibration.rules import DTYPES, RULES, Constant
-from diagnostics.sensors import (
+from diagnostics.sensors.announced import Announced, inside_announced
+from diagnostics.sensors.checks import (
     attention,
     attention_backward,
     gemm,
@@ -22,11 +23,10 @@ from diagnostics.sensors import (
     softmax,
     sums,
 )
-from diagnostics.sensors.announced import Announced, inside_announced
-from diagnostics.sensors.operand import Operand, Operands
-from diagnostics.sensors.operation import Call, Checked, Unsupported
+from diagnostics.sensors.checks.operand import Operand, Operands
+from diagnostics.sensors.checks.operation import Call, Checked, Unsupported
+from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.quiet import quiet
-from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance
 from diagnostics.sensors.watch import Eyes, Keeper
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diagnostics.calibration.values import SCALES, Draw
-from diagnostics.sensors.norms import rms_norm_readings
-from diagnostics.sensors.operation import Bench, Checked
-from diagnostics.sensors.router import gate_readings
+from diagnostics.sensors.checks.norms import rms_norm_readings
+from diagnostics.sensors.checks.operation import Bench, Checked
+from diagnostics.sensors.checks.router import gate_readings
 
 # Sums from one term to those of the largest layers that a test machine multiplies in milliseconds, and lengths that
 # are no multiple of any vector or tile.

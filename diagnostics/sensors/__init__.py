@@ -1,1 +1,1 @@
-"""In-step checks, one file per kind of operation, and the hash of state at rest."""
+"""Guards a step: shows its operators to `checks`, keeps what they read, and hashes the state at rest."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from diagnostics.sensors.checks.operation import Checked
 from diagnostics.sensors.coverage import Coverage, broken
-from diagnostics.sensors.operation import Checked
 from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.readings import ReadingLog, Site
 from diagnostics.sensors.tolerance import Widening

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from diagnostics.sensors.checks.piecewise import PIECE_BYTES, pieces
+from diagnostics.sensors.checks.rows import bits
 from diagnostics.sensors.multilinear import (
     BLOCK_WORDS,
     MASK,
@@ -23,8 +25,6 @@ from diagnostics.sensors.multilinear import (
     hexdigest,
     weight_table,
 )
-from diagnostics.sensors.piecewise import PIECE_BYTES, pieces
-from diagnostics.sensors.rows import bits
 
 __all__ = [
     "Stamp",

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch._ops import OpOverload
 
 from diagnostics.sensors import fingerprints
-from diagnostics.sensors.arguments import targets
-from diagnostics.sensors.registry import Plan, plan_of
+from diagnostics.sensors.checks.arguments import targets
+from diagnostics.sensors.checks.registry import Plan, plan_of
 
 
 class Facts(NamedTuple):

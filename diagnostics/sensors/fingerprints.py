@@ -35,15 +35,15 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from diagnostics.sensors.arguments import tensors, written_by
+from diagnostics.sensors.checks.arguments import tensors, written_by
+from diagnostics.sensors.checks.gemm import fp32_precision
+from diagnostics.sensors.checks.kinds import is_in_place, kind_of, name_of
+from diagnostics.sensors.checks.operation import Call
+from diagnostics.sensors.checks.recompute import dropout_of, results_of, why_not
+from diagnostics.sensors.checks.rows import PER_DIFFERENCE, bits
 from diagnostics.sensors.digest import stamp
-from diagnostics.sensors.gemm import fp32_precision
-from diagnostics.sensors.kinds import is_in_place, kind_of, name_of
-from diagnostics.sensors.operation import Call
 from diagnostics.sensors.origins import Name, Origins, fills, layout
 from diagnostics.sensors.places import Place
-from diagnostics.sensors.recompute import dropout_of, results_of, why_not
-from diagnostics.sensors.rows import PER_DIFFERENCE, bits
 from diagnostics.sensors.saved import in_order
 
 SENSOR = "fingerprint"

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from diagnostics.health import Alarm
 from diagnostics.sensors.aside import standing
+from diagnostics.sensors.checks.rows import PER_DIFFERENCE
+from diagnostics.sensors.checks.unjudged import SENSOR as FINITE
+from diagnostics.sensors.checks.unjudged import parameter_readings
 from diagnostics.sensors.compiler import has_compiled
 from diagnostics.sensors.coverage import CoverageRow
 from diagnostics.sensors.given import check_scalar, check_tensor
@@ -24,12 +27,9 @@ from diagnostics.sensors.outlay import seconds_an_operator
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import Site
 from diagnostics.sensors.regions import follow
-from diagnostics.sensors.rows import PER_DIFFERENCE
 from diagnostics.sensors.sampling import NOT_DRAWN
 from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import Comparison, Statistic
-from diagnostics.sensors.unjudged import SENSOR as FINITE
-from diagnostics.sensors.unjudged import parameter_readings
 from diagnostics.sensors.upkeep import Upkeep
 from diagnostics.sensors.watch import Eyes, Keeper
 

@@ -12,31 +12,32 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from diagnostics.sensors import recompute, saved
+from diagnostics.sensors import saved
 from diagnostics.sensors.account import Account
 from diagnostics.sensors.announced import Announced, inside_announced
-from diagnostics.sensors.arguments import read_by, tensors, written_by
+from diagnostics.sensors.checks import recompute
+from diagnostics.sensors.checks.arguments import read_by, tensors, written_by
+from diagnostics.sensors.checks.gemm import KERNEL, fp32_precision, row_readings
+from diagnostics.sensors.checks.gemm import SENSOR as GEMM
+from diagnostics.sensors.checks.kinds import is_in_place, kind_of
+from diagnostics.sensors.checks.operand import Operand, Operands
+from diagnostics.sensors.checks.operation import Call, Checked, Unsupported
+from diagnostics.sensors.checks.registry import Plan
+from diagnostics.sensors.checks.rows import PER_DIFFERENCE, differences, rows_of
+from diagnostics.sensors.checks.signs import Signs
+from diagnostics.sensors.checks.thin import is_thin, is_thin_product
+from diagnostics.sensors.checks.undecided import decided
+from diagnostics.sensors.checks.unjudged import finite_readings, unlike
 from diagnostics.sensors.compiler import has_compiled
 from diagnostics.sensors.coverage import Coverage
 from diagnostics.sensors.facts import facts_of
-from diagnostics.sensors.gemm import KERNEL, fp32_precision, row_readings
-from diagnostics.sensors.gemm import SENSOR as GEMM
-from diagnostics.sensors.kinds import is_in_place, kind_of
-from diagnostics.sensors.operand import Operand, Operands
-from diagnostics.sensors.operation import Call, Checked, Unsupported
 from diagnostics.sensors.places import FPROP, UNNAMED, Place, Places
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import ReadingLog
 from diagnostics.sensors.recomputation import Recomputation
 from diagnostics.sensors.regions import inside
-from diagnostics.sensors.registry import Plan
-from diagnostics.sensors.rows import PER_DIFFERENCE, differences, rows_of
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
-from diagnostics.sensors.signs import Signs
-from diagnostics.sensors.thin import is_thin, is_thin_product
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
-from diagnostics.sensors.undecided import decided
-from diagnostics.sensors.unjudged import finite_readings, unlike
 from diagnostics.sensors.written import Written
 
 # Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.

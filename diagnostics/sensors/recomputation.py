@@ -10,12 +10,12 @@ from torch import Tensor
 from diagnostics.sensors import fingerprints
 from diagnostics.sensors.account import Account
 from diagnostics.sensors.announced import inside_announced
+from diagnostics.sensors.checks.operation import Call, Checked
+from diagnostics.sensors.checks.registry import Plan
 from diagnostics.sensors.fingerprints import UNMATCHED, Fingerprints
-from diagnostics.sensors.operation import Call, Checked
 from diagnostics.sensors.places import Place
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.regions import inside
-from diagnostics.sensors.registry import Plan
 from diagnostics.sensors.sampling import Sampler
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diagnostics.sensors.checks.rows import same
 from diagnostics.sensors.quiet import quiet
-from diagnostics.sensors.rows import same
 
 # Torch's own account of an optimizer, which the twin has of its own.
 _OWN = frozenset(("defaults", "param_groups", "state"))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
-from diagnostics.sensors.arguments import targets, tensors
+from diagnostics.sensors.checks.arguments import targets, tensors
 
 
 class Written:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 import assay
-from diagnostics.sensors import guarded_step, registry
+from diagnostics.sensors import guarded_step
+from diagnostics.sensors.checks import registry
 from diagnostics.sensors.watch import Eyes, Keeper
 
 BACKENDS = ["eager", "aot_eager", *(["inductor"] if shutil.which("g++") else [])]

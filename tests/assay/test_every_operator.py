@@ -14,7 +14,7 @@ from torch.testing._internal.common_methods_invocations import op_db  # the samp
 from torch.utils._pytree import tree_leaves, tree_map
 
 import assay
-from diagnostics.sensors.rows import copy_of, same
+from diagnostics.sensors.checks.rows import copy_of, same
 
 SAMPLES = 4
 OPERATORS = [op for op in op_db if "empty" not in op.name]  # memory that nobody has written is never the same

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 
 import assay
-from diagnostics.sensors import gemm, recompute, saved, twin, upkeep
+from diagnostics.sensors import saved, twin, upkeep
+from diagnostics.sensors.checks import gemm, recompute
 from diagnostics.sensors.readings import ReadingLog
 
 REASON = "a sensor's own fault"

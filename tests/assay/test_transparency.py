@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import assay
-from diagnostics.sensors import recompute
+from diagnostics.sensors.checks import recompute
 
 
 def left_by(model: nn.Module, work: Callable[[], Any], guard: assay.Guard | None) -> list[Tensor]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks.campaign.floors import Deviation, Struck, delta_of, deviation
 from diagnostics.faults.models import Damage
-from diagnostics.sensors import gemm, softmax
-from diagnostics.sensors.operand import Operand, Operands
-from diagnostics.sensors.operation import Call
-from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.checks import gemm, softmax
+from diagnostics.sensors.checks.operand import Operand, Operands
+from diagnostics.sensors.checks.operation import Call
+from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, shipped_table
 
 aten = torch.ops.aten

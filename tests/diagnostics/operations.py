@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.sensors import recompute
-from diagnostics.sensors.operand import Operand, Operands
-from diagnostics.sensors.operation import Call, Check, Checked
+from diagnostics.sensors.checks import recompute
+from diagnostics.sensors.checks.operand import Operand, Operands
+from diagnostics.sensors.checks.operation import Call, Check, Checked
+from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.quiet import quiet
-from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, shipped_table
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diagnostics.sensors import digest as hashing
-from diagnostics.sensors import piecewise
+from diagnostics.sensors.checks import piecewise
 from diagnostics.sensors.digest import chain, digest, digest_bytes, digest_on_device, hexdigest, words_of
 from diagnostics.sensors.multilinear import BLOCK_WORDS, block_multiplier, block_multipliers, weight_table
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.sensors import operand
-from diagnostics.sensors.gemm import Addend, output_norms, row_readings
-from diagnostics.sensors.operand import Operand
-from diagnostics.sensors.signs import Signs
+from diagnostics.sensors.checks import operand
+from diagnostics.sensors.checks.gemm import Addend, output_norms, row_readings
+from diagnostics.sensors.checks.operand import Operand
+from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.tolerance import (
     SCHEMA,
     WIDEST,
@@ -185,7 +185,7 @@ def test_norm_estimate_comes_from_operands_alone() -> None:
 def test_two_lanes_that_change_places_do_not_cancel(control: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: under signs of one size they do in half of the steps, in every row."""
     if control:
-        monkeypatch.setattr("diagnostics.sensors.signs.LEAST", 1.0)
+        monkeypatch.setattr("diagnostics.sensors.checks.signs.LEAST", 1.0)
     a, w = matrix("normal", 200, 256, 1.0, 1), matrix("normal", 256, 256, 1.0, 2)
     c = F.linear(a, w)
     swapped, opposed = c.clone(), c.clone()
@@ -306,7 +306,7 @@ def test_fp16_needs_what_was_made_for_it(monkeypatch: pytest.MonkeyPatch) -> Non
     flipped = F.linear(a, w)
     flipped.view(torch.int16)[3, 5] ^= 1 << 13
     assert not reading(flipped, a, w, 1) <= 1.0
-    monkeypatch.setattr("diagnostics.sensors.gemm.subnormal_norm", lambda c: 0.0)
+    monkeypatch.setattr("diagnostics.sensors.checks.gemm.subnormal_norm", lambda c: 0.0)
     assert not reading(F.linear(a, w), a, w, 1) <= 1.0
 
 

@@ -17,10 +17,10 @@ import torch
 import triton
 from torch import Tensor
 
+from diagnostics.sensors.checks.operand import Operand
+from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.kernels import programs
 from diagnostics.sensors.kernels.quantised import BLOCK, Quantised
-from diagnostics.sensors.operand import Operand
-from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, Z
 
 

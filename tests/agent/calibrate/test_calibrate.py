@@ -115,7 +115,7 @@ def test_an_unusable_device_and_a_full_disk_are_5_and_a_refused_constant_1(
     def broken(draw: object, dtype: torch.dtype) -> None:
         torch.nn.functional.nll_loss(torch.full((3, 4), 1e-30), torch.tensor([1, 2, 3]))
 
-    monkeypatch.setattr("diagnostics.sensors.losses.ratio", lambda residual, limit: torch.full((), torch.nan))
+    monkeypatch.setattr("diagnostics.sensors.checks.losses.ratio", lambda residual, limit: torch.full((), torch.nan))
     monkeypatch.setattr(tool, "_chosen", lambda kernels: {"broken": Family(("nll_loss",), broken)})
     code, out, _ = calibrated(quick, capsys)
     assert code == 1

@@ -12,8 +12,8 @@ from ranks import SPEC, train
 from agent.training.engine import Engine
 from agent.training.lost import CHARACTERS, REASONS, Lost, Reasons, lost
 from agent.training.spec import JobSpec
+from diagnostics.sensors.checks.operation import Unsupported
 from diagnostics.sensors.inspection import Inspection
-from diagnostics.sensors.operation import Unsupported
 
 BROKEN = "the check itself failed: ZeroDivisionError: nothing is left (test_lost.py:38)"  # where `broken` raises
 

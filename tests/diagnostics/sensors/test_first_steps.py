@@ -12,8 +12,8 @@ from operations import CpuBench
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diagnostics.sensors import attention, attention_backward, losses, moves, norms, router, softmax, sums
-from diagnostics.sensors.operation import Call, Checked
+from diagnostics.sensors.checks import attention, attention_backward, losses, moves, norms, router, softmax, sums
+from diagnostics.sensors.checks.operation import Call, Checked
 from diagnostics.sensors.quiet import quiet
 
 SENSORS = (attention, attention_backward, softmax, losses, norms, router, moves, sums)

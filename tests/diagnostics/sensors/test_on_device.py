@@ -11,14 +11,14 @@ import torch
 from operations import CPU, CpuBench, alarms, aten, outliers, run, worst
 from torch import Tensor, nn
 
-from diagnostics.sensors import attention, attention_backward, gemm, moves, recompute, rows
 from diagnostics.sensors import inspection as inspection_module
+from diagnostics.sensors.checks import attention, attention_backward, gemm, moves, recompute, rows
+from diagnostics.sensors.checks.operand import Operand
+from diagnostics.sensors.checks.operation import Call
+from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.digest import differ, digest, digest_on_device, stamp
 from diagnostics.sensors.guard import Guard
-from diagnostics.sensors.operand import Operand
-from diagnostics.sensors.operation import Call
 from diagnostics.sensors.quiet import quiet
-from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import UnknownTolerance
 
 CHECKS = attention.CHECKS | attention_backward.CHECKS

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from on_device import CPU, DEVICE
 from torch import Tensor
 
-from diagnostics.sensors import rounded
+from diagnostics.sensors.checks import rounded
+from diagnostics.sensors.checks.operand import Operand
+from diagnostics.sensors.checks.rounded import TAIL, energy_readings
+from diagnostics.sensors.checks.signs import PROBES, Signs
 from diagnostics.sensors.kernels import energy
-from diagnostics.sensors.operand import Operand
-from diagnostics.sensors.rounded import TAIL, energy_readings
-from diagnostics.sensors.signs import PROBES, Signs
 from diagnostics.sensors.tolerance import NORM_FLOOR, Z, shipped_table
 
 KAPPA = shipped_table().kappa("cpu", "bfloat16", "mm")

@@ -10,11 +10,11 @@ from on_device import DEVICE, multiply, multiply_quantised, quantise
 from torch import Tensor
 
 from diagnostics.calibration.rules import MOST_ACCUMULATE_FP8, SHARE
+from diagnostics.sensors.checks.operand import Operand
+from diagnostics.sensors.checks.rounded import energy_readings
+from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.kernels.product import Product, readings, readings_of
 from diagnostics.sensors.kernels.quantised import Quantised
-from diagnostics.sensors.operand import Operand
-from diagnostics.sensors.rounded import energy_readings
-from diagnostics.sensors.signs import Signs
 from diagnostics.sensors.tolerance import shipped_table
 
 #: The constants of CPU kernels: under the interpreter the accumulator is numpy's fp32, and a GPU's sums of so few bf16
