@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diagnostics.health import Alarm
-    from diagnostics.sensors.coverage import CoverageRow
+    from diagnostics.sensors.coverage import CoverageRow, NothingToCheck
     from diagnostics.sensors.guard import Guard
-    from diagnostics.sensors.guarded_step import GuardedStep, NothingToCheck
+    from diagnostics.sensors.guarded_step import GuardedStep
     from diagnostics.sensors.loops import TrainerCallback, lightning_callback
 
 __all__ = [
@@ -39,7 +39,7 @@ _HOMES = {
     "CoverageRow": "diagnostics.sensors.coverage",
     "Guard": "diagnostics.sensors.guard",
     "GuardedStep": "diagnostics.sensors.guarded_step",
-    "NothingToCheck": "diagnostics.sensors.guarded_step",
+    "NothingToCheck": "diagnostics.sensors.coverage",
     "TrainerCallback": "diagnostics.sensors.loops",
     "lightning_callback": "diagnostics.sensors.loops",
 }

@@ -103,9 +103,7 @@ class Gauge:
 
         def check() -> Iterable[Checked]:
             left, right = product.operands()
-            kappa = self.kappa(product.operation, out)
-            readings = gemm.row_readings(out, self.operand(left), self.operand(right), self.signs, kappa)
-            yield Checked(gemm.SENSOR, "out", readings, tuple(out.shape))
+            return gemm.product_check(product.operation, left, right, out, self)
 
         self.read(out, check)
 
@@ -114,16 +112,6 @@ class Gauge:
 
     def unseen(self, operation: str, results: Any, given: Any) -> None:
         """See `watch.Step`."""
-
-    def draws_saved(self) -> bool:
-        """See `saved.Watcher`: hashes have no constant."""
-        return False
-
-    def compared(self, tensor: Tensor, equal: bool | Tensor) -> None:
-        """See `saved.Watcher`."""
-
-    def spent(self, seconds: float) -> None:
-        """See `saved.Watcher`."""
 
     def _constant(self, dtype: torch.dtype, kernel: str) -> Constant:
         found = self.constants.get((dtype, kernel))

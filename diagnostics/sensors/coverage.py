@@ -27,6 +27,19 @@ class CoverageRow:
     calls: int
 
 
+class NothingToCheck(RuntimeError):
+    """A guarded step ran no operator that any check covers; the message says what ran and why it was not checked."""
+
+    @classmethod
+    def of(cls, rows: list[CoverageRow]) -> NothingToCheck:
+        """With the reasons of all rows."""
+        reasons = "; ".join(sorted({f"{row.operation}: {row.reason}" for row in rows}))
+        if any(row.calls for row in rows):
+            return cls(f"nothing in the guarded step can be checked: {reasons}")
+        ran_none = "the guarded step ran no operator: forward and backward belong inside `with guard.step()`"
+        return cls(f"{ran_none}; what cannot be seen: {reasons}" if rows else ran_none)
+
+
 class Coverage:
     """Counts calls and checks. Rows come in the order in which operators first ran."""
 

@@ -6,11 +6,9 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +18,10 @@ from diagnostics.sensors.checks.rows import PER_DIFFERENCE
 from diagnostics.sensors.checks.unjudged import SENSOR as FINITE
 from diagnostics.sensors.checks.unjudged import parameter_readings
 from diagnostics.sensors.compiler import has_compiled
-from diagnostics.sensors.coverage import CoverageRow
+from diagnostics.sensors.coverage import NothingToCheck
 from diagnostics.sensors.given import check_scalar, check_tensor
 from diagnostics.sensors.inspection import Inspection
+from diagnostics.sensors.observed import Observed
 from diagnostics.sensors.outlay import seconds_an_operator
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import Site
@@ -39,10 +38,6 @@ if TYPE_CHECKING:
 KEPT = "kept"
 COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
 ELSEWHERE = "it ran in a thread other than the one that entered the step, and was not seen"
-
-
-class NothingToCheck(RuntimeError):
-    """A guarded step ran no operator that any check covers; the message says what ran and why it was not checked."""
 
 
 class Seen(NamedTuple):
@@ -68,7 +63,7 @@ class GuardedStep:
         self._eyes: Eyes | None = None
         self._begun = 0.0
         self._entered = self._left = False
-        self._scalars: list[tuple[Sequence[str], Tensor | Sequence[float], float]] = []
+        self._observed = Observed()
         self._settled: Seen | None = None
         self._inspection = Inspection(
             key,
@@ -144,7 +139,7 @@ class GuardedStep:
         if kind is None and not guard.account.checked and not self._heard() and not guard.failures:
             rows = guard.coverage()
             if all(row.reason != NOT_DRAWN for row in rows):
-                raise NothingToCheck(_nothing(rows))
+                raise NothingToCheck.of(rows)
 
     def _heard(self) -> int:
         """Readings of checks, also those of what was given to `check_finite` and its like."""
@@ -229,7 +224,7 @@ class GuardedStep:
         self._open(name)
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self._guard.device).detach().reshape(())
         if remember:
-            self._scalars.append(((name,), tensor.reshape(1), 0.0))
+            self._observed.add((name,), tensor.reshape(1))
         self.check_finite(name, tensor)
 
     def observe_all(self, names: Sequence[str], values: Tensor | Sequence[float], least: float = 0.0) -> None:
@@ -239,7 +234,7 @@ class GuardedStep:
         RuntimeError after the step was asked.
         """
         self._open(", ".join(names))
-        self._scalars.append((names, values, least))
+        self._observed.add(names, values, least)
 
     def _open(self, name: str) -> None:
         """What is given to a step after its verdict would not be part of it."""
@@ -308,25 +303,5 @@ class GuardedStep:
         with quiet():
             worst = log.worst()
             alarms = [] if worst <= 1.0 else log.alarms()
-            return Seen(worst, alarms, self._statistics(), self._heard())
-
-    def _statistics(self) -> Comparison:
-        """All scalars that lie on the device come over in one tensor."""
-        there = [
-            value.detach().float().to(self._guard.device) for _, value, _ in self._scalars if isinstance(value, Tensor)
-        ]
-        over = iter(torch.cat(there).tolist() if there else ())
-        found: dict[str, tuple[float, float]] = {}
-        for names, value, least in self._scalars:
-            values = islice(over, len(names)) if isinstance(value, Tensor) else value
-            found.update((name, (one, least)) for name, one in zip(names, values, strict=True))
-        table = np.array([*found.values()]).reshape(-1, 2)
-        return self._guard.histories.add(self._key, tuple(found), table[:, 0], table[:, 1])
-
-
-def _nothing(rows: list[CoverageRow]) -> str:
-    reasons = "; ".join(sorted({f"{row.operation}: {row.reason}" for row in rows}))
-    if any(row.calls for row in rows):
-        return f"nothing in the guarded step can be checked: {reasons}"
-    ran_none = "the guarded step ran no operator: forward and backward belong inside `with guard.step()`"
-    return f"{ran_none}; what cannot be seen: {reasons}" if rows else ran_none
+            evidence = self._observed.compared(self._guard.histories, self._key, self._guard.device)
+            return Seen(worst, alarms, evidence, self._heard())

@@ -17,14 +17,12 @@ from diagnostics.sensors.account import Account
 from diagnostics.sensors.announced import Announced, inside_announced
 from diagnostics.sensors.checks import recompute
 from diagnostics.sensors.checks.arguments import read_by, tensors, written_by
-from diagnostics.sensors.checks.gemm import KERNEL, fp32_precision, row_readings
-from diagnostics.sensors.checks.gemm import SENSOR as GEMM
+from diagnostics.sensors.checks.bench import StepBench
+from diagnostics.sensors.checks.gemm import KERNEL, product_check
 from diagnostics.sensors.checks.kinds import is_in_place, kind_of
-from diagnostics.sensors.checks.operand import Operand, Operands
 from diagnostics.sensors.checks.operation import Call, Checked, Unsupported
 from diagnostics.sensors.checks.registry import Plan
 from diagnostics.sensors.checks.rows import PER_DIFFERENCE, differences, rows_of
-from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.checks.thin import is_thin, is_thin_product
 from diagnostics.sensors.checks.undecided import decided
 from diagnostics.sensors.checks.unjudged import finite_readings, unlike
@@ -37,18 +35,16 @@ from diagnostics.sensors.readings import ReadingLog
 from diagnostics.sensors.recomputation import Recomputation
 from diagnostics.sensors.regions import inside
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
-from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Widening
+from diagnostics.sensors.tolerance import ToleranceTable, UnknownTolerance, Widening
 from diagnostics.sensors.written import Written
 
-# Kernels whose results are products, or whose check makes some of its own. In less than fp32 neither is what it should.
-_MULTIPLIES = frozenset((KERNEL, "sdpa", "sdpa_backward"))
 UNPLACED = Place(UNNAMED, FPROP)
 MUTED = "muted: its exact check alarms on every device alike"
 NOT_AGAIN = "no identity covers it, and nothing is run again"
 
 
 class Inspection:
-    """The bench that a step's checks work on."""
+    """Of one step: `watch.Step` and `saved.Watcher`."""
 
     def __init__(
         self,
@@ -63,15 +59,13 @@ class Inspection:
         again: float,
         compare: bool = True,
     ) -> None:
-        self.signs = Signs(key, device)
+        self.bench = StepBench(key, table, device)
         self.account = Account(places, log, coverage, widening)
         self.operators = 0  # that ran, views too
         self.written = Written()
         self._key = key
         self._places = places
         self._sampler = sampler
-        self._table = table
-        self._operands = Operands()
         self._again = again
         self.all_seen = again >= 1 and sampler.share >= 1 and sampler.budget is None and not has_compiled()
         self._recomputation = Recomputation(key, self.account, sampler, again) if compare else None
@@ -98,7 +92,7 @@ class Inspection:
         if plan.check is None or not self._sampler.draws(self._key, self._calls, share):
             out = func(*args, **kwargs)
             if plan.writes:
-                self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
+                self.tried(plan.name, lambda: self.bench.forget(written_by(func, args, kwargs)))
             self.tried(plan.name, lambda: self._pass_by(plan, args, out))
             self._ask(plan, func, args, kwargs, out)
             if facts.changes or inside():
@@ -110,7 +104,7 @@ class Inspection:
         out = func(*args, **kwargs)
         looked = time.perf_counter()
         if plan.writes:
-            self.tried(plan.name, lambda: self._operands.forget(written_by(func, args, kwargs)))
+            self.tried(plan.name, lambda: self.bench.forget(written_by(func, args, kwargs)))
         self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self._ask(plan, func, args, kwargs, out)
         self._seconds += time.perf_counter() - looked + ran - begin
@@ -134,10 +128,11 @@ class Inspection:
         begin = time.perf_counter()
         with quiet():
             left, right = product.operands()
-            if self._judge(place, product.operation, lambda: self._announced(product, left, right, out)):
+            name = product.operation
+            if self._judge(place, name, lambda: product_check(name, left, right, out, self.bench)):
                 again = product.again
                 if again is not None and is_thin_product(left, right):
-                    self._look_twice(place, product.operation, lambda: _made_again(again, out))
+                    self._look_twice(place, name, lambda: _made_again(again, out))
         self._seconds += time.perf_counter() - begin
 
     def draws_saved(self, tensor: Tensor) -> bool:
@@ -187,36 +182,17 @@ class Inspection:
     def end(self) -> None:
         """The step is over: let go of its tensors."""
         self._over = True
-        self._operands.clear()
+        self.bench.clear()
         if self._recomputation is not None:
             self._recomputation.end()
 
-    def kappa(self, kernel: str, like: Tensor) -> Kappa:
-        """See `operation.Bench`."""
-        if kernel in _MULTIPLIES and like.dtype == torch.float32:
-            precision = fp32_precision(like.device.type)
-            if precision not in ("none", "ieee"):
-                raise UnknownTolerance(f"no tolerance for fp32 products that torch may make in {precision}")
-        return self._table.kappa(like.device.type, str(like.dtype).removeprefix("torch."), kernel)
-
-    def operand(self, value: Tensor) -> Operand:
-        """See `operation.Bench`."""
-        return self._operands.of(value)
-
     def _before(self, plan: Plan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if plan.product and is_in_place(func) and self._has_no_tolerance(args[0]):
-            return recompute.Overwritten(*recompute.keeper(func)(args, kwargs, self))
+        if plan.product and is_in_place(func) and not self.bench.has_tolerance(KERNEL, args[0]) and self._repeats():
+            return recompute.Overwritten(*recompute.keeper(func)(args, kwargs, self.bench))
         if plan.before is None:
             return None
         with quiet():
-            return plan.before(args, kwargs, self)
-
-    def _has_no_tolerance(self, like: Tensor) -> bool:
-        try:
-            self.kappa(KERNEL, like)
-        except UnknownTolerance:
-            return self._sampler.draws(self._key, self._calls, self._again)
-        return False
+            return plan.before(args, kwargs, self.bench)
 
     def _look(self, plan: Plan, call: Call) -> None:
         place = self._place(plan, call.args)
@@ -230,16 +206,16 @@ class Inspection:
         assert check is not None
 
         def judge() -> None:
-            if self._judge(place, plan.name, lambda: check(call, self), call) and is_thin(call):
+            if self._judge(place, plan.name, lambda: check(call, self.bench), call) and is_thin(call):
                 kept = call if call.before is not None else replace(call, before=(call.args, call.kwargs))
-                self._look_twice(place, plan.name, lambda: recompute.check_target(kept, self))
+                self._look_twice(place, plan.name, lambda: recompute.check_target(kept, self.bench))
 
         with quiet():
             self.account.tried(plan.name, judge, place)
 
     def _look_twice(self, place: Place, operation: str, again: Callable[[], Iterable[Checked]]) -> None:
         """Where it costs little, what an identity has judged is run again as well: that has no tolerance."""
-        if not self._sampler.draws(self._key, self._calls, self._again):
+        if not self._repeats():
             return
         with suppress(Unsupported):  # sums in no fixed order: the identity has to do
             for one in again():
@@ -256,7 +232,7 @@ class Inspection:
         try:
             found = check()
             if instead is not None and self.all_seen:
-                found = decided(found, instead, self, self._places.is_parameter)
+                found = decided(found, instead, self.bench, self._places.is_parameter)
             for one in found:
                 made += 1
                 heard += self.account.keep(place, operation, one)
@@ -264,7 +240,7 @@ class Inspection:
         except (Unsupported, UnknownTolerance) as reason:
             if instead is not None and self._may_run_again(instead):
                 plain = replace(instead, before=None)  # what was kept was kept for the identity
-                self._judge(place, operation, lambda: recompute.check(plain, self))
+                self._judge(place, operation, lambda: recompute.check(plain, self.bench))
             else:
                 self.account.skip(place, operation, str(reason))
             return False
@@ -305,13 +281,11 @@ class Inspection:
 
     def _may_run_again(self, call: Call) -> bool:
         """What an operator wrote over was kept for its identity only, not for another run."""
-        drawn = self._sampler.draws(self._key, self._calls, self._again)
-        return drawn and call.func.namespace == "aten" and not is_in_place(call.func)
+        return self._repeats() and call.func.namespace == "aten" and not is_in_place(call.func)
 
-    def _announced(self, product: Announced, left: Tensor, right: Tensor, out: Tensor) -> Iterable[Checked]:
-        kappa = self.kappa(product.operation, out)
-        readings = row_readings(out, self.operand(left), self.operand(right), self.signs, kappa)
-        yield Checked(GEMM, "out", readings, tuple(out.shape))
+    def _repeats(self) -> bool:
+        """Whether the call that is looked at is drawn to be run again."""
+        return self._sampler.draws(self._key, self._calls, self._again)
 
     def _pass_by(self, plan: Plan, args: tuple[Any, ...], out: Any) -> None:
         place = self._place(plan, args)

@@ -13,8 +13,9 @@ from agent.model.linear import Linear
 from diagnostics.faults.inject import Injector
 from diagnostics.faults.spec import KINDS, OPS, FaultSpec, Kind, Op
 from diagnostics.sensors.announced import Announced, announce, watchers
+from diagnostics.sensors.coverage import NothingToCheck
 from diagnostics.sensors.guard import Guard
-from diagnostics.sensors.guarded_step import GuardedStep, NothingToCheck
+from diagnostics.sensors.guarded_step import GuardedStep
 
 
 class Layer(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from diagnostics.sensors.coverage import NothingToCheck
 from diagnostics.sensors.guard import Guard
-from diagnostics.sensors.guarded_step import NothingToCheck
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.tolerance import WIDEST
 

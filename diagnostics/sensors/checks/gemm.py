@@ -131,6 +131,12 @@ def row_readings(
     return readings if judged is None else torch.where(judged, readings, 0.0)
 
 
+def product_check(kernel: str, left: Tensor, right: Tensor, out: Tensor, bench: Bench) -> Iterable[Checked]:
+    """The check of out [..., M, N], whoever made it, against left [..., M, K] times right [..., K, N]."""
+    readings = row_readings(out, bench.operand(left), bench.operand(right), bench.signs, bench.kappa(kernel, out))
+    yield Checked(SENSOR, "out", readings, tuple(out.shape))
+
+
 def output_norms(left: Operand, right: Operand, signs: Signs, alpha: float = 1.0, plus: Addend | None = None) -> Tensor:
     """Upper estimate fp32 [..., M] of the row norms of alpha left right + plus, made without the product itself.
 

@@ -4,15 +4,15 @@ sizes of blocks, readings by check, operands that are not finite."""
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 from operations import CPU, CpuBench, alarms, aten, outliers, run, worst
 from torch import Tensor, nn
 
-from diagnostics.sensors import inspection as inspection_module
 from diagnostics.sensors.checks import attention, attention_backward, gemm, moves, recompute, rows
+from diagnostics.sensors.checks import bench as bench_module
 from diagnostics.sensors.checks.operand import Operand
 from diagnostics.sensors.checks.operation import Call
 from diagnostics.sensors.checks.signs import Signs
@@ -141,9 +141,9 @@ def test_kernels_of_products_have_no_constant_where_these_lose_precision(
     kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard = Guard(nn.Linear(2, 2))
-    bench: Any = guard.step()._inspection
+    bench = guard.step()._inspection.bench
     assert bench.kappa(kernel, torch.ones(1)).accumulate > 0
-    monkeypatch.setattr(inspection_module, "fp32_precision", lambda device: "tf32")
+    monkeypatch.setattr(bench_module, "fp32_precision", lambda device: "tf32")
     with pytest.raises(UnknownTolerance, match="tf32"):
         bench.kappa(kernel, torch.ones(1))
     assert bench.kappa(kernel, torch.ones(1, dtype=torch.bfloat16)).accumulate > 0
