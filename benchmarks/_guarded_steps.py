@@ -86,6 +86,14 @@ class ProductsAlone:
         self._inner = inner
         self._account = account
 
+    def not_seen(self, operation: str, reason: str) -> None:
+        """See `watch.Step`."""
+        self._inner.not_seen(operation, reason)
+
+    def unseen(self, operation: str, results: Any, given: Any) -> None:
+        """See `watch.Step`."""
+        self._inner.unseen(operation, results, given)
+
     def announced(self, product: Announced, out: torch.Tensor) -> None:
         """Products too."""
         self._inner.announced(product, out)

@@ -121,6 +121,14 @@ class _Trial:
             tuple[Flip, int, int]
         ] = []  # with the numbers of its readings, from the first to before the last
 
+    def not_seen(self, operation: str, reason: str) -> None:
+        """See `watch.Step`."""
+        self._inner.not_seen(operation, reason)
+
+    def unseen(self, operation: str, results: Any, given: Any) -> None:
+        """See `watch.Step`."""
+        self._inner.unseen(operation, results, given)
+
     def announced(self, product: Announced, out: Tensor) -> None:
         """Kernels that no mode sees are judged and not struck."""
         self._inner.announced(product, out)

@@ -24,7 +24,7 @@ from diagnostics.sensors.checks.signs import LEAST
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Z
 
 aten = torch.ops.aten
-#: What recall above the floor may miss (sensors.md: at least 99 %).
+#: What recall above the floor may miss (docs/campaign.md: at least 99 %).
 MISSED = 0.01
 
 
@@ -110,7 +110,7 @@ def delta_of(harm: Damage) -> Tensor:
 
 
 def _product(struck: Struck) -> Tensor | None:
-    """`sensors.gemm`: z (kappa_output norm_i + kappa_accumulate (|alpha| ||A_i|| ||W||_F + |beta| ||D_i||)).
+    """`checks.gemm`: z (kappa_output norm_i + kappa_accumulate (|alpha| ||A_i|| ||W||_F + |beta| ||D_i||)).
 
     norm_i^2 is ||C_i||^2 and ||A_i||^2 times the mean gain, as the check estimates it; in fp32 ALIKE ||C_i|| is added
     to the norms that kappa_accumulate is relative to.
@@ -136,7 +136,7 @@ def _product(struck: Struck) -> Tensor | None:
 
 
 def _softmax(struck: Struck) -> Tensor | None:
-    """`sensors.softmax`: a row's sum in fp32, each element's own rounding in bf16."""
+    """`checks.softmax`: a row's sum in fp32, each element's own rounding in bf16."""
     kappa, before = struck.kappa("softmax"), struck.harm.before
     if kappa is None:
         return None
@@ -149,7 +149,7 @@ def _softmax(struck: Struck) -> Tensor | None:
 
 
 def _softmax_backward(struck: Struck) -> Tensor | None:
-    """`sensors.softmax`: z accumulate(n) (||p g|| + |s|), and for bf16 z output (||p g|| + |s| ||p||)."""
+    """`checks.softmax`: z accumulate(n) (||p g|| + |s|), and for bf16 z output (||p g|| + |s| ||p||)."""
     kappa = struck.kappa("softmax_backward")
     if kappa is None:
         return None

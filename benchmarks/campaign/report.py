@@ -13,7 +13,7 @@ from benchmarks.campaign.intervals import wilson
 from benchmarks.campaign.verdict import STRUCK
 
 Line = Mapping[str, Any]
-#: What the product must reach (sensors.md's table), by the kind of share.
+#: What the product must reach (docs/campaign.md's table), by the kind of share.
 TARGETS = {"harmful": 0.999, "above the floor": 0.99, "before commit": 0.99, "attribution": 1.0}
 #: Fewer than this in a class say nothing: its interval is wider than 0.2.
 FEWEST = 20

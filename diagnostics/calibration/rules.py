@@ -24,7 +24,7 @@ EXACT_SHARE = 1.0
 # square, less than this.
 LEAST_ACCUMULATE = 1e-7
 
-# What no clean kernel needs: tensor cores that keep 14 bits of a sum (FP8 on Hopper, sensors.md) stray by 2^-14 = 6e-5.
+# What no clean kernel needs: tensor cores that keep 14 bits of a sum (FP8 on Hopper) stray by 2^-14 = 6e-5.
 # A device that needs more is not to be calibrated around.
 MOST_ACCUMULATE = 1e-4
 # But for FP8: a tensor core cuts its sum off to 14 bits at each of the 4 steps of 32 terms between two promotions,
@@ -134,7 +134,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 
 
 def rounded_once(dtype: torch.dtype) -> float:
-    """The rms of rounding to `dtype` over mantissas, relative: 0.72 eps / sqrt(12) (sensors.md); fp32 counts as 0."""
+    """The rms of rounding to `dtype` over mantissas, relative: 0.72 eps / sqrt(12); fp32 counts as 0."""
     return 0.0 if dtype == torch.float32 else 0.72 * torch.finfo(dtype).eps / 12**0.5
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
 
+# A failing check's messages may differ in every call.
+_REASONS = 4
+
 
 def broken(error: Exception) -> str:
     """The reason of a call that is not covered because its check failed itself, and where."""
@@ -17,7 +20,10 @@ def broken(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CoverageRow:
-    """How much of one operator at one place was checked: `checked` in 0..1 of `calls`; `reason` why not all."""
+    """How much of one operator at one place was checked: `checked` in 0..1 of `calls`; `reason` why not all.
+
+    Several reasons are divided by semicolons.
+    """
 
     module: str
     operation: str
@@ -28,7 +34,8 @@ class CoverageRow:
 
 
 class NothingToCheck(RuntimeError):
-    """A guarded step ran no operator that any check covers; the message says what ran and why it was not checked."""
+    """No step of a guard so far ran an operator that any check covers; the message says what ran, and why it was not
+    checked."""
 
     @classmethod
     def of(cls, rows: list[CoverageRow]) -> NothingToCheck:
@@ -46,7 +53,7 @@ class Coverage:
     def __init__(self) -> None:
         self._calls: dict[tuple[str, str, str], int] = {}
         self._checked: dict[tuple[str, str, str], int] = {}
-        self._reasons: dict[tuple[str, str, str], str] = {}
+        self._reasons: dict[tuple[str, str, str], list[str]] = {}
 
     def count(self, module: str, operation: str, pass_: str, checked: bool, reason: str = "") -> None:
         """One call that was checked, or was not because of `reason`."""
@@ -55,7 +62,7 @@ class Coverage:
         if checked:
             self._checked[key] = self._checked.get(key, 0) + 1
         elif reason:
-            self._reasons[key] = reason
+            self._tell(key, reason)
 
     def credit(self, module: str, operation: str, pass_: str) -> None:
         """A call that was counted as not checked has been checked after all."""
@@ -66,7 +73,13 @@ class Coverage:
         """Something that no call shows: what the guard cannot see at all. Counted once."""
         key = (module, operation, "")
         self._calls.setdefault(key, 0)
-        self._reasons[key] = reason
+        self._tell(key, reason)
+
+    def _tell(self, key: tuple[str, str, str], reason: str) -> None:
+        """Each once, and of very many the first ones."""
+        told = self._reasons.setdefault(key, [])
+        if reason not in told and len(told) < _REASONS:
+            told.append(reason)
 
     @property
     def checked(self) -> int:
@@ -78,5 +91,5 @@ class Coverage:
         return [self._row(key, calls, self._checked.get(key, 0)) for key, calls in self._calls.items()]
 
     def _row(self, key: tuple[str, str, str], calls: int, checked: int) -> CoverageRow:
-        reason = "" if calls and checked == calls else self._reasons.get(key, "")
+        reason = "" if calls and checked == calls else "; ".join(self._reasons.get(key, ()))
         return CoverageRow(*key, checked / calls if calls else 0.0, reason, calls)

@@ -120,7 +120,7 @@ class Fingerprints:
             record = self._records[key] = Record(len(self._records), place, covered, prints)
             compared: list[Compared] = []
         elif record is not None:
-            compared = self._compared(record, call, results or changed, in_forward)
+            compared = self._compared(record, results or changed, in_forward)
         else:
             compared = []
         wrong = any(_on_host(each) and bool(each.reading) for each in compared)
@@ -152,7 +152,7 @@ class Fingerprints:
         self._records.clear()
         self._origins.clear()
 
-    def _compared(self, record: Record, call: Call, results: list[Tensor], in_forward: bool) -> list[Compared]:
+    def _compared(self, record: Record, results: list[Tensor], in_forward: bool) -> list[Compared]:
         if record.prints is None:
             return []
         found = []

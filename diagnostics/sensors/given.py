@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -52,6 +52,15 @@ def check_scalar(name: str, value: Any) -> None:
             raise ValueError(f"{name} has shape {list(value.shape)}, must be one number, e.g. its mean")
     elif not isinstance(value, Real):
         raise TypeError(f"{name} is {_a(value)}, must be a real number or a tensor of one")
+
+
+def check_scalars(names: Sequence[str], values: Any) -> None:
+    """Raises ValueError unless there is one value for each name: a tensor [n], or a sequence of n numbers."""
+    shape = list(values.shape) if isinstance(values, Tensor) else [len(values)]
+    if shape != [len(names)]:
+        raise ValueError(
+            f"{len(names)} names ({', '.join(names)[:80]}) came with values of shape {shape}: give one each"
+        )
 
 
 def alarms_of(alarms: Any) -> list[Alarm]:

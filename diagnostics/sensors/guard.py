@@ -36,8 +36,8 @@ class Guard:
             moments must be, when the next guarded step begins, what the update left: else that step has an alarm.
         budget: the checks' share of a step's other time, e.g. 0.01, those of the optimizer and the watching of every
             operator included; calls, updates and tensors at rest are sampled to keep it. None: no limit.
-        again: share of the calls of operators without an identity (element-wise work, moves) that are run once more,
-            and of the tensors kept for the backward that are hashed.
+        again: share of the calls of operators without an identity (element-wise work, moves), and of thin ones beside
+            theirs, that are run once more, and of the tensors kept for the backward that are hashed.
         tolerance_scale: what every shipped tolerance is multiplied by; what is compared bit for bit has none.
         enabled: False makes every step a plain one.
         table: tolerances in place of the shipped ones.
@@ -85,8 +85,8 @@ class Guard:
         """One step's forward and backward, as a context manager. The same key draws the same signs.
 
         Without a key steps are numbered. The context is entered once, and raises NothingToCheck at its end when no
-        operator of any step so far was covered by a check. Raises RuntimeError while another step of this guard is
-        under way, and when the model has no memory yet.
+        operator of any step so far was covered by a check. Raises TypeError for a key that is no integer, and
+        RuntimeError while another step of this guard is under way or when the model has no memory yet.
         """
         key = self._steps + 1 if key is None else key_of(key)
         if self.current is not None:
@@ -127,12 +127,18 @@ class Guard:
             self.upkeep.forget()
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
-        """Alarm in the current step if any element is not finite. One pass, no host sync; no step, no check."""
+        """Alarm in the current step if any element is not finite. One pass; no step, no check.
+
+        Raises TypeError when it is no tensor, RuntimeError when the step was asked for its verdict.
+        """
         if self.current is not None:
             self.current.check_finite(name, tensor)
 
     def check_equal(self, name: str, tensor: Tensor, value: float) -> None:
-        """Alarm in the current step if any element is not `value`. No host sync; no step, no check."""
+        """Alarm in the current step if any element is not `value`. No host sync; no step, no check.
+
+        Raises TypeError when it is no tensor, RuntimeError when the step was asked for its verdict.
+        """
         if self.current is not None:
             self.current.check_equal(name, tensor, value)
 
@@ -141,6 +147,7 @@ class Guard:
 
         All sites of the same sensor and pass are widened. Returns how many tolerances changed (`widening.count` sums
         them). Alarms that are exact or not finite widen nothing: no tolerance could have admitted them.
+        Raises TypeError when these are no alarms.
         """
         worst: dict[tuple[str, str], float] = {}
         for alarm in alarms_of(alarms):
@@ -152,7 +159,8 @@ class Guard:
     def mute(self, alarms: Iterable[Alarm]) -> int:
         """Hear no more of the exact checks that raised these, which every device raises: they are lost coverage.
 
-        Returns how many were heard until now (`widening.count` sums them too).
+        Returns how many were heard until now (`widening.count` sums them too). Raises TypeError when these are no
+        alarms.
         """
         return sum(
             self.widening.mute(alarm.sensor, alarm.module, alarm.operation, alarm.pass_)

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from diagnostics.health import Alarm
+from diagnostics.sensors.account import MUTED
 from diagnostics.sensors.aside import standing
+from diagnostics.sensors.checks.operation import Checked
 from diagnostics.sensors.checks.rows import PER_DIFFERENCE
 from diagnostics.sensors.checks.unjudged import SENSOR as FINITE
-from diagnostics.sensors.checks.unjudged import parameter_readings
+from diagnostics.sensors.checks.unjudged import parameter_readings, strays
 from diagnostics.sensors.compiler import has_compiled
 from diagnostics.sensors.coverage import NothingToCheck
-from diagnostics.sensors.given import check_scalar, check_tensor
+from diagnostics.sensors.given import check_scalar, check_scalars, check_tensor
 from diagnostics.sensors.inspection import Inspection
 from diagnostics.sensors.observed import Observed
 from diagnostics.sensors.outlay import seconds_an_operator
+from diagnostics.sensors.places import UNNAMED, Place
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.readings import Site
 from diagnostics.sensors.regions import follow
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 KEPT = "kept"
 COMPILED = "fused by torch.compile: only kernels that are called through aten, products among them, are seen"
+HOOKLESS = "the model, or a part of it, is compiled: hooks for what autograd keeps would compile it anew"
 ELSEWHERE = "it ran in a thread other than the one that entered the step, and was not seen"
 
 
@@ -101,6 +105,8 @@ class GuardedStep:
                 keeper.follow(self._modes)
             if not guard.compiled:
                 self._modes.enter_context(standing(Saved(self._inspection, self._eyes.formulas)))
+            else:
+                guard.account.note(UNNAMED, "saved tensors", HOOKLESS)
             self._begun = time.perf_counter()
         return self
 
@@ -121,7 +127,10 @@ class GuardedStep:
     def _look_back(self, upkeep: Upkeep) -> None:
         """What the optimizer did since the last step, and whether the state is still what it wrote."""
         for site in upkeep.found():
-            self._guard.log.append(site, torch.full((1,), math.inf))
+            if self._guard.widening.is_muted(site.sensor, site.module, site.operation, site.pass_):
+                self._inspection.account.skip_count(MUTED)
+            else:
+                self._guard.log.append(site, torch.full((1,), math.inf))
         for operation, checked, reason in upkeep.looked():
             self._guard.account.count("<optimizer>", operation, "step", checked, reason)
 
@@ -138,7 +147,7 @@ class GuardedStep:
         self._account_for(took)
         if kind is None and not guard.account.checked and not self._heard() and not guard.failures:
             rows = guard.coverage()
-            if all(row.reason != NOT_DRAWN for row in rows):
+            if all(NOT_DRAWN not in row.reason for row in rows):
                 raise NothingToCheck.of(rows)
 
     def _heard(self) -> int:
@@ -231,8 +240,9 @@ class GuardedStep:
         """Remember scalars [names] for the statistics alone: whatever they are, nothing alarms. No host sync.
 
         `least` is the smallest spread that they are measured by: what changes by less is not unusual. Raises
-        RuntimeError after the step was asked.
+        ValueError unless there are as many values, in a row, as names; RuntimeError after the step was asked.
         """
+        check_scalars(names, values)
         self._open(", ".join(names))
         self._observed.add(names, values, least)
 
@@ -245,7 +255,7 @@ class GuardedStep:
             )
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
-        """Alarm if any element is not finite, of a complex one either part. One pass over the tensor, no host sync.
+        """Alarm if any element is not finite, of a complex one either part. One pass, no host sync on a GPU.
 
         Raises TypeError when it is no tensor, RuntimeError after the step was asked.
         """
@@ -256,10 +266,7 @@ class GuardedStep:
 
         def read() -> None:
             values = tensor.detach()
-            low, high = torch.aminmax(torch.view_as_real(values.resolve_conj()) if values.is_complex() else values)
-            reading = (low * 0 + high * 0).float()  # 0 if finite, NaN if not: inf * 0 and NaN * 0 are NaN
-            site = Site(FINITE, name, "value", "step", tuple(tensor.shape))
-            self._guard.log.append(site, reading.reshape(1))
+            self._keep(name, Checked(FINITE, "out", strays(values), tuple(tensor.shape)))
 
         with quiet():
             self._inspection.tried(FINITE, read)
@@ -276,11 +283,15 @@ class GuardedStep:
 
         def read() -> None:
             reading = (tensor.detach() != value).any().float().mul_(PER_DIFFERENCE)
-            site = Site(KEPT, name, "value", "step", tuple(tensor.shape), exact=True)
-            self._guard.log.append(site, reading.reshape(1))
+            self._keep(name, Checked(KEPT, "out", reading.reshape(1), tuple(tensor.shape), exact=True))
 
         with quiet():
             self._inspection.tried(KEPT, read)
+
+    def _keep(self, name: str, one: Checked) -> None:
+        """A reading of something that the step was given."""
+        if not self._inspection.account.keep(Place(name, "step"), "value", one):
+            self._inspection.account.skip_count(MUTED)
 
     def settle(self) -> Seen:
         """Read the device and keep what was seen; nothing more can be given to this step."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from diagnostics.sensors import saved
-from diagnostics.sensors.account import Account
+from diagnostics.sensors.account import MUTED, Account
 from diagnostics.sensors.announced import Announced, inside_announced
 from diagnostics.sensors.checks import recompute
 from diagnostics.sensors.checks.arguments import read_by, tensors, written_by
@@ -24,7 +24,7 @@ from diagnostics.sensors.checks.operation import Call, Checked, Unsupported
 from diagnostics.sensors.checks.registry import Plan
 from diagnostics.sensors.checks.rows import PER_DIFFERENCE, differences, rows_of
 from diagnostics.sensors.checks.thin import is_thin, is_thin_product
-from diagnostics.sensors.checks.undecided import decided
+from diagnostics.sensors.checks.undecided import decided, made_again
 from diagnostics.sensors.checks.unjudged import finite_readings, unlike
 from diagnostics.sensors.compiler import has_compiled
 from diagnostics.sensors.coverage import Coverage
@@ -39,8 +39,9 @@ from diagnostics.sensors.tolerance import ToleranceTable, UnknownTolerance, Wide
 from diagnostics.sensors.written import Written
 
 UNPLACED = Place(UNNAMED, FPROP)
-MUTED = "muted: its exact check alarms on every device alike"
 NOT_AGAIN = "no identity covers it, and nothing is run again"
+_BUFFER = "a buffer of the model, which its module updates"
+_FAILED = object()  # what should have kept what an operator writes over has failed
 
 
 class Inspection:
@@ -60,7 +61,7 @@ class Inspection:
         compare: bool = True,
     ) -> None:
         self.bench = StepBench(key, table, device)
-        self.account = Account(places, log, coverage, widening)
+        self.account = Account(log, coverage, widening)
         self.operators = 0  # that ran, views too
         self.written = Written()
         self._key = key
@@ -99,13 +100,14 @@ class Inspection:
                 self._show(plan, func, args, kwargs, out)
             return out
         begin = time.perf_counter()
-        before = self.tried(plan.name, lambda: self._before(plan, func, args, kwargs))
+        before = self.account.tried(plan.name, lambda: self._before(plan, func, args, kwargs), failed=_FAILED)
         ran = time.perf_counter()
         out = func(*args, **kwargs)
         looked = time.perf_counter()
         if plan.writes:
             self.tried(plan.name, lambda: self.bench.forget(written_by(func, args, kwargs)))
-        self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
+        if before is not _FAILED:
+            self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self._ask(plan, func, args, kwargs, out)
         self._seconds += time.perf_counter() - looked + ran - begin
         if facts.changes or inside():
@@ -135,12 +137,14 @@ class Inspection:
                     self._look_twice(place, name, lambda: _made_again(again, out))
         self._seconds += time.perf_counter() - begin
 
-    def draws_saved(self, tensor: Tensor) -> bool:
+    def leaves_out(self, tensor: Tensor) -> str:
         """See `saved.Watcher`."""
         self._calls += 1
-        if self._over or tensor.data_ptr() in self._places.buffers:
-            return False
-        return self._sampler.draws(self._key, self._calls, self._again)
+        if tensor.data_ptr() in self._places.buffers:
+            return _BUFFER
+        if not self._over and self._repeats():
+            return ""
+        return NOT_DRAWN if self._again else NOT_AGAIN
 
     def compared(self, tensor: Tensor, equal: bool | Tensor) -> None:
         """See `saved.Watcher`."""
@@ -149,10 +153,8 @@ class Inspection:
             reading = torch.where(equal, 0.0, PER_DIFFERENCE).reshape(1)
         else:
             reading = tensor.new_full((1,), 0.0 if equal else PER_DIFFERENCE, dtype=torch.float32)
-        self.account.keep(
-            place, saved.OPERATION, Checked(saved.SENSOR, "out", reading, tuple(tensor.shape), exact=True)
-        )
-        self.account.covered(place, saved.OPERATION)
+        one = Checked(saved.SENSOR, "out", reading, tuple(tensor.shape), exact=True)
+        self.account.judged(place, saved.OPERATION, one)
 
     def not_compared(self, reason: str) -> None:
         """See `saved.Watcher`."""
@@ -240,7 +242,7 @@ class Inspection:
         except (Unsupported, UnknownTolerance) as reason:
             if instead is not None and self._may_run_again(instead):
                 plain = replace(instead, before=None)  # what was kept was kept for the identity
-                self._judge(place, operation, lambda: recompute.check(plain, self.bench))
+                self._judge(place, operation, lambda: made_again(plain, self.bench))
             else:
                 self.account.skip(place, operation, str(reason))
             return False
@@ -297,7 +299,8 @@ class Inspection:
     def _place(self, plan: Plan, args: tuple[Any, ...]) -> Place:
         if not plan.product:
             return self._places.of((), False)
-        return self._places.of([arg for arg in args if isinstance(arg, Tensor)][-2:], True)
+        operands = [arg for arg in args if isinstance(arg, Tensor)]
+        return self._places.of(operands[:2] if plan.grouped else operands[-2:], True)
 
 
 def _made_again(again: Callable[[], Tensor], out: Tensor) -> Iterable[Checked]:

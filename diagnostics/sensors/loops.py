@@ -20,6 +20,8 @@ from diagnostics.sensors.guarded_step import GuardedStep
 
 _log = logging.getLogger("assay")
 
+_SEVERAL = "several optimizers: of each batch only what runs before the first one's step is guarded"
+
 OnAlarm = Callable[[GuardedStep], None]
 
 
@@ -105,6 +107,8 @@ def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
     """For Lightning: `Trainer(callbacks=[assay.lightning_callback()])`; arguments as of `TrainerCallback`.
 
     Its updates run forward and backward as a closure, so `optimizer` checks are left out; the state at rest is watched.
+    With several optimizers (manual optimization) only what a batch runs before the first of them steps is guarded,
+    which coverage says, and nothing is watched at rest.
     Raises ModuleNotFoundError when neither `lightning` nor `pytorch_lightning` is installed.
     """
     loop = GuardedLoop(on_alarm, options)
@@ -122,6 +126,8 @@ def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             loop.start(module, trainer.optimizers[0] if len(trainer.optimizers) == 1 else None)
+            if loop.guard is not None and len(trainer.optimizers) > 1:
+                loop.guard.account.note("<optimizer>", "step", _SEVERAL)
 
         def on_train_batch_start(self, *_: Any) -> None:
             loop.begin()

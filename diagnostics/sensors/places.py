@@ -70,7 +70,7 @@ class Places:
         return self._spans.elsewhere
 
     def of(self, operands: Sequence[Tensor], product: bool) -> Place:
-        """The place of the operator that reads `operands` now."""
+        """The place of the operator that reads `operands` now; of a product they are the left and the right one."""
         node: Any = torch._C._current_autograd_node()
         if node is None or torch.is_grad_enabled():
             return self._of_forward(operands, product)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diagnostics.sensors import fingerprints
-from diagnostics.sensors.account import Account
+from diagnostics.sensors.account import MUTED, Account
 from diagnostics.sensors.announced import inside_announced
 from diagnostics.sensors.checks.operation import Call, Checked
 from diagnostics.sensors.checks.registry import Plan
@@ -81,9 +81,13 @@ class Recomputation:
         if record is None:
             self._account.skip_count(UNMATCHED)
             return
+        heard = 0
         for one in compared:
             checked = Checked(fingerprints.SENSOR, one.result, one.reading, one.shape, exact=True)
-            self._account.keep(record.place, plan.name, checked)
+            heard += self._account.keep(record.place, plan.name, checked)
+        if compared and not heard:
+            self._account.skip_count(MUTED)
+            return
         if compared and not record.covered:
             record.covered = True
             self._account.credit(record.place, plan.name)

@@ -39,7 +39,7 @@ REWRITTEN = "written since it was kept, by an operator that autograd was not tol
 
 @dataclass(slots=True)
 class Kept:
-    """A tensor as it was when it was kept: its version, and where it was drawn, its hash.
+    """A tensor as it was when it was kept: its version, and its hash, or why it has none.
 
     theirs: once somebody has registered hooks for it, what theirs made of it, and what gives the tensor back.
     """
@@ -49,6 +49,7 @@ class Kept:
     hash: Stamp | None = None
     storage: int = 0
     writes: int = 0
+    left_out: str = ""
     theirs: tuple[Any, Callable[[Any], Tensor]] | None = None
 
 
@@ -57,8 +58,8 @@ class Watcher(Protocol):
 
     written: Written
 
-    def draws_saved(self, tensor: Tensor) -> bool:
-        """Whether this tensor is hashed."""
+    def leaves_out(self, tensor: Tensor) -> str:
+        """Why this tensor is not hashed; nothing if it is."""
 
     def compared(self, tensor: Tensor, equal: bool | Tensor) -> None:
         """A tensor that is about to be used is what was kept, or not: bool, or bool [] on the tensor's device."""
@@ -67,7 +68,7 @@ class Watcher(Protocol):
         """Hashing took so long."""
 
     def not_compared(self, reason: str) -> None:
-        """A tensor that was hashed could not be compared."""
+        """A tensor that is about to be used was not hashed, or could not be compared."""
 
     def stepped_aside(self, reason: str) -> None:
         """What is kept from here on is not seen."""
@@ -103,18 +104,22 @@ class Saved:
             raise RuntimeError(_modified(tensor, kept.version))
         if kept.hash is not None:
             self.watcher.tried(OPERATION, lambda: self._compare(kept, tensor))
+        elif kept.left_out:
+            self.watcher.tried(OPERATION, lambda: self.watcher.not_compared(kept.left_out))
         return tensor
 
     def _hash(self, kept: Kept, tensor: Tensor) -> None:
-        if not _is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        if tensor.is_meta or not tensor.numel():
             return
-        if tensor.is_meta or not tensor.numel() or not self.watcher.draws_saved(tensor):
+        kept.left_out = _unlike(tensor) or self.watcher.leaves_out(tensor)
+        if kept.left_out:
             return
         begin = time.perf_counter()
         written = self.watcher.written
         kept.storage, kept.writes = storage_of(tensor), written.writes
         with quiet():
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+            seen_as = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), seen_as, tensor._version)
             known = self._known.get(key)
             # `expired` asks the reference, whose storage may be gone and its address another's.
             if known is None or known[0].expired() or written.since(kept.storage, known[2]):  # type: ignore[no-untyped-call]
@@ -131,6 +136,15 @@ class Saved:
         with quiet():
             self.watcher.compared(tensor, stamp(in_order(tensor)) == kept.hash)
         self.watcher.spent(time.perf_counter() - begin)
+
+
+def _unlike(tensor: Tensor) -> str:
+    """What about a tensor has no bytes of its own to hash; nothing of most."""
+    if not _is_plain(tensor):
+        return f"a {type(tensor).__name__}, which is no plain tensor"
+    if tensor.layout is not torch.strided:
+        return f"a tensor of layout {tensor.layout}"
+    return "a quantised tensor" if tensor.is_quantized else "a nested tensor" if tensor.is_nested else ""
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -80,7 +80,7 @@ class Comparison:
 class Histories:
     """The last WINDOW steps' values of each name, by the step's key: a step redone replaces its values.
 
-    Invariants: at most WINDOW rows, all finite but for NaN where a step had no finite value; `_rows` is
+    Invariants: at most WINDOW steps, all values finite but for NaN where a step had no finite value; `_rows` is
     [names, WINDOW], so that a name's values lie side by side.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 # Of the document that holds a table.
 SCHEMA = "assay.tolerances/1"
 
-# 2.6e-12 a row if rounding noise were Gaussian (sensors.md): 300 checks of 1,024 rows a step leave one false alarm in
+# 2.6e-12 a row if rounding noise were Gaussian: 300 checks of 1,024 rows a step leave one false alarm in
 # a million steps.
 Z = 7.0
 

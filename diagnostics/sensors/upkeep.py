@@ -102,7 +102,7 @@ class Upkeep:
         for (name, value), differs in zip(known, wrong, strict=True):
             self._looked.append(Looked(AT_REST, True))
             if differs:
-                self._found.append(Site(AT_REST, name, "digest", "step", tuple(value.shape)))
+                self._found.append(Site(AT_REST, name, "digest", "step", tuple(value.shape), exact=True))
 
     def looked(self) -> list[Looked]:
         """What was checked since this was asked last, and what was not."""
@@ -227,7 +227,7 @@ class Upkeep:
     def _judge(self, repeated: bool, name: str, original: nn.Parameter) -> None:
         if not repeated:
             kind = type(self._optimizer).__name__
-            self._found.append(Site(UPDATE, name, kind, "step", tuple(original.shape)))
+            self._found.append(Site(UPDATE, name, kind, "step", tuple(original.shape), exact=True))
         self._looked.append(Looked("update", True))
 
     def _draws(self, number: int) -> bool:

@@ -111,6 +111,7 @@ CASES: dict[str, Callable[[], Case]] = {
     )
 } | {str(dtype): linear_in(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.complex64)}
 NOT_CHECKED = {
+    "convolution_and_batch_norm": "a buffer of the model, which its module updates",
     "dropout": "draws random numbers",
     "lstm": "memory that nobody has written",
     "sparse_embedding": "layout torch.sparse_coo",

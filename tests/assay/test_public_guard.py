@@ -283,6 +283,19 @@ def compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("compiler")
+def test_where_a_part_is_compiled_kept_tensors_are_listed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].compile(backend="eager")
+    guard = assay.Guard(model)
+    with guard.step() as step:
+        model[0](torch.ones(2, 4)).sum().backward()
+    assert step.clean
+    assert [each.reason for each in guard.coverage() if each.operation == "saved tensors"] == [
+        "the model, or a part of it, is compiled: hooks for what autograd keeps would compile it anew"
+    ]
+
+
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_stays_compiled_and_its_products_are_checked() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))

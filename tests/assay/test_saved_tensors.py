@@ -282,7 +282,7 @@ def test_what_operators_write_unknown_to_autograd_is_no_alarm(
         forward(m, torch.randn(3, 4)).square().sum().backward()
     assert {alarm.sensor for alarm in step.alarms} == (set() if told else {"saved"})
     assert guard.failures == 0
-    assert (saved.REWRITTEN in reasons(guard)) is told
+    assert any(saved.REWRITTEN in reason for reason in reasons(guard)) is told
 
 
 @pytest.mark.parametrize("spoilt", [False, True])

@@ -22,7 +22,7 @@ def test_published_intervals(hits: int, n: int, low: float, high: float) -> None
 
 
 def test_the_number_of_faults_that_999_in_1000_takes() -> None:
-    """sensors.md: 3,838 without a miss."""
+    """As docs/campaign.md says: 3,838 without a miss."""
     assert wilson(3_838, 3_838)[0] > 0.999 > wilson(3_837, 3_837)[0]
 
 

@@ -6,7 +6,7 @@ A row of P sums to 1, and a row of dS to 0, because D = sum over keys of P dP. H
 query heads included:
 1. sum over keys of dV = sum over queries of dO;
 2. sum over keys of dK = 0;
-3. Q^T dQ = scale Q^T dS K = dK^T K, taken once to the right by the step's signs r: Q^T (dQ r) = dK^T (K r).
+3. Q^T dQ = scale Q^T dS K = dK^T K, taken once to the right by the step's weights r: Q^T (dQ r) = dK^T (K r).
 All three cost a few passes over the operands, none the size of S. A wrong element of P shows in 1 (its row no longer
 sums to 1, lse being the forward's), one of dP or D in 2, one of dQ in 3. Rows that are masked throughout are left out
 of the sum of dO.
@@ -19,11 +19,11 @@ Tolerances, per column j, with n the longer of the lengths T and S, u the unit r
    latter because D is made from an O that was rounded;
 3. z (accumulate(n) + output) (|| ||dQ_t|| Q_tj || + || ||K_s|| dK_sj ||); bf16: z output scale ||z eta Q_j|| max
    ||K_s|| more, for sums of blocks that cancel where all values of a head are equal and dS is nothing but its noise.
-torch's CPU kernel adds blocks of dK and dV in bf16: output is 6.3e-3 there, not the 1.6e-3 of one rounding.
+torch's CPU kernel adds blocks of dK and dV in bf16: output is 5.8e-3 there, not the 1.6e-3 of one rounding.
 Here norms of results enter, against the rule of the other sensors: nothing made of q, k, v, dO alone is near enough to
 ||dK_j|| without the products themselves. They cannot hide a fault: with theta = z kappa and N the norm without it, a
 fault d of one element raises the tolerance to at most theta sqrt(N^2 + d^2), and is seen from d = theta N /
-sqrt(1 - theta^2) on; theta is 0.044 in bf16 and 1e-5 and less in fp32. A norm whose squares overflow reads NaN.
+sqrt(1 - theta^2) on; theta is 0.041 in bf16 and 1e-5 and less in fp32. A norm whose squares overflow reads NaN.
 
 Sampled rows of dQ (the forward's choice) are made again from q, k, v, dO and lse, element by element, with
 scale (z eta + z output ||dS||) max |K_j| and the rounding of dQ.

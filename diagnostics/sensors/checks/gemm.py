@@ -94,7 +94,8 @@ def row_readings(
 ) -> Tensor:
     """Readings fp32 [..., M] of c [..., M, N] against left [..., M, K] times right [..., K, N]: |residual| / tolerance.
 
-    Never negative; NaN where c, or the prediction, is not finite, or norms overflow; on a GPU 0 where D is not.
+    Never negative; NaN where c, or the prediction, is not finite, or (on a CPU; a GPU reads 0) norms overflow; on a GPU
+    0 where D is not.
     """
     if c.dtype == torch.bfloat16 and left.value.dtype == torch.bfloat16:
         return energy_readings(c, left, right, signs, kappa, alpha, None if plus is None else plus.probed)
@@ -226,6 +227,9 @@ def _checked(
     """The check of out = alpha left right + plus; added: what `plus` measures, where it is still there."""
     if left.dtype != right.dtype or not left.is_floating_point():
         raise Unsupported(f"a product of {left.dtype} and {right.dtype}")
+    layouts = {left.layout, right.layout} - {torch.strided}
+    if layouts:
+        raise Unsupported(f"a product with a tensor of layout {layouts.pop()}")
     kappa = bench.kappa(KERNEL, out)
     if out.numel() == 0:
         return Checked(SENSOR, "out", out.new_zeros(0, dtype=torch.float32), tuple(out.shape))

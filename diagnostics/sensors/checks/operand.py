@@ -138,7 +138,7 @@ class Operands:
     def of(self, value: Tensor) -> Operand:
         """The operand of a matrix, or batch of matrices; a transposed view shares the measures."""
         base = _base(value)
-        key = (base.data_ptr(), base.shape, base.stride(), base.dtype)
+        key = (base.data_ptr(), base.shape, base.stride(), base.dtype, base.is_conj(), base.is_neg())
         found = self._kept.pop(key, None)
         if found is None or found.version != _version(base):
             found = _Measured(base)

@@ -43,8 +43,8 @@ _HIGHER = "a higher-order operator: what it calls is not seen"
 class Plan:
     """What to do with an operator: check it, with what was kept before it ran; or say why not.
 
-    again: the check costs what the operator does, or more. product: its last argument may be a weight. copies: its
-    result holds the values of its first argument. writes: to an argument.
+    again: the check costs what the operator does, or more. product: its last tensor may be a weight, its second one if
+    it is grouped. copies: its result holds the values of its first argument. writes: to an argument.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Plan:
     copies: bool
     writes: bool
     reason: str = ""
+    grouped: bool = False
 
 
 @cache
@@ -69,7 +70,8 @@ def plan_of(func: OpOverload | HigherOrderOperator) -> Plan | None:
     check = _CHECKS.get(packet)
     if check is not None:
         before = _BEFORE.get(packet) or (recompute.overwritten(func) if writes else None)
-        return Plan(name, check, before, packet in _AGAIN, product, copies, writes)
+        is_grouped = packet in grouped.CHECKS
+        return Plan(name, check, before, packet in _AGAIN, product, copies, writes, grouped=is_grouped)
     if func.namespace != "aten":
         return Plan(
             name, None, None, False, product, copies, writes, f"{func.namespace} is not torch's: it may have effects"

@@ -6,7 +6,7 @@ of p would hide most faults of a sum, so the row is computed once more from its 
 differ by its rounding (by three along another dimension than the last, on a CPU). A row that is masked throughout sums
 to 0 in `_safe_softmax`; in `_softmax` it is NaN, and reads NaN, which a second run decides (`undecided`).
 
-softmax backward, dx = p (g - s), s = sum p g. Identity, with the step's signs r and, in fp32, again with ones:
+softmax backward, dx = p (g - s), s = sum p g. Identity, with the step's weights r and, in fp32, again with ones:
 dx r = (p g) r - s (p r). With ones it says that the row sums to s (1 - sum p), zero but for the rounding of p.
 Tolerance: z accumulate(n) (||p g|| + |s|), and for bf16 results z output (||p g|| + |s| ||p||), a bound of ||dx||.
 
@@ -21,7 +21,7 @@ log-softmax backward, dx = g - p s, p = exp(y), s = sum g. Identity, with r and,
 With ones, under cross entropy, the row of dlogits sums to 0 but for the rounding of p. Tolerance: z accumulate(n)
 (||g|| + |s|), and z output (||g|| + |s| ||p||) for bf16 results.
 
-Sees: in fp32 a change of p above z accumulate(n), 7e-7 for rows of up to 64; of dx above the same times the norms;
+Sees: in fp32 a change of p above z accumulate(n) = 9e-7 sqrt(1 + n / 64); of dx above the same times the norms;
 of y, and of any low-precision p, a few units in its last place. Does not see: wrong scores, which both sides share; a
 wrong score that exp and sum both use, since the row is then stochastic all the same (recomputation sees that); opposite
 changes under ones and under r.

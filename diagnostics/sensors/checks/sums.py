@@ -1,7 +1,7 @@
 """The checks of sums at chosen places: index_add, scatter_add, index_put with accumulation, the embedding's gradient.
 
 Identity. Row v of the result is what was there plus the rows that were sent to v. Taken to the right by the step's
-signs r, each row becomes one number, and the numbers are added the same way: out r = before r + sum over i of
+weights r, each row becomes one number, and the numbers are added the same way: out r = before r + sum over i of
 alpha (source_i r) at index_i. One reading for each row of the result. scatter_add sends elements, not rows: there the
 signs go by place, out r = before r + sum over k of source_k r[index_k], one reading for each row; for integers the
 signs are hashes mod 2^64 and the check is exact.
@@ -12,7 +12,7 @@ rows (one token repeated) are added one by one, and their roundings are alike: (
 those of the result and of the check. scatter_add: the same with sizes of elements.
 
 Sees: a row that was lost, sent to another place, added twice or altered, above 4e-6 of what its row received in fp32.
-Does not see: wrong indices or sources; one lost of 4,000 equal rows; below that floor in bf16 (0.06 of what a row
+Does not see: wrong indices or sources; one lost of 4,000 equal rows; below that floor in bf16 (0.075 of what a row
 received, and more for rows that received many). All but the integers' are run again as well (`thin`). Integers other
 than scatter_add's, and index_put with several index tensors, are run again (`recompute`); the embedding's gradient
 scaled by frequency is refused.

@@ -45,11 +45,13 @@ def decided(
         yield one._replace(readings=torch.where(one.readings.isfinite(), one.readings, 0.0))
     if isinstance(call.before, Addend):
         raise Unsupported("operands that are not finite, one of which was written over")
-    yield from [grouped.made_again(call)] if _is_grouped(call) else recompute.check_target(call, bench)
+    yield from made_again(call, bench)
 
 
-def _is_grouped(call: Call) -> bool:
-    return call.func.overloadpacket in grouped.CHECKS
+def made_again(call: Call, bench: Bench) -> Iterable[Checked]:
+    """The operator once more, bit for bit, whichever it is. Raises Unsupported as `recompute.check` does."""
+    is_grouped = call.func.overloadpacket in grouped.CHECKS
+    return [grouped.made_again(call)] if is_grouped else recompute.check_target(call, bench)
 
 
 def _is_clear(call: Call, is_parameter: Callable[[Tensor], bool]) -> bool:

@@ -44,9 +44,9 @@ def finite_readings(results: Iterable[Tensor], operands: Iterable[Tensor]) -> It
     given = [t for t in operands if _has_values(t)]
     for result in results:
         if _has_values(result):
-            reading = _strays(result)
+            reading = strays(result)
             for operand in given if result.is_cuda or bool(reading.isnan()) else ():
-                reading = torch.where(_strays(operand).isnan().to(reading.device), 0.0, reading)
+                reading = torch.where(strays(operand).isnan().to(reading.device), 0.0, reading)
             yield Checked(SENSOR, "out", reading, tuple(result.shape))
 
 
@@ -56,13 +56,13 @@ def parameter_readings(parameters: Iterable[Tensor], device: torch.device) -> Te
     if not kept:
         return torch.zeros(0, dtype=torch.float32, device=device)
     if all(p.is_cpu for p in kept):
-        return torch.cat([_strays(p) for p in kept]).to(device)
+        return torch.cat([strays(p) for p in kept]).to(device)
     largest = torch.stack([norm.abs().float().to(device) for norm in torch._foreach_norm(kept, torch.inf)])
     return largest * 0
 
 
-def _strays(t: Tensor) -> Tensor:
-    """fp32 [1]: NaN if an element is not finite, else 0."""
+def strays(t: Tensor) -> Tensor:
+    """fp32 [1] on its device: NaN if an element is not finite, of a complex one either part, else 0. t has elements."""
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     if t.is_cpu and math.isfinite(t.sum()):  # of an infinity or NaN no sum is; three times as fast on a CPU
         return torch.zeros(1, dtype=torch.float32)

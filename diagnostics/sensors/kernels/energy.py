@@ -1,6 +1,6 @@
 """The check of products rounded to bf16 in three kernels, where torch's own operators would be 36 launches.
 
-Identity, tolerance and blindness: those of `sensors.rounded`, but that C S and A (W S) are not rounded to bf16, so that
+Identity, tolerance and blindness: those of `checks.rounded`, but that C S and A (W S) are not rounded to bf16, so that
 of its sources of noise two are missing. One pass each over W, A and C; the norms of A are a by-product of its pass.
 """
 

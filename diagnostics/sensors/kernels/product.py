@@ -1,8 +1,8 @@
 """A product that gives the row sums of its fp32 accumulator beside its rounded result, and the reading of them.
 
-Identity. acc r = A (W r) for random signs r, acc the accumulator of C = A W. Tolerance of row i as in `sensors.gemm`
+Identity. acc r = A (W r) for random weights r, acc the accumulator of C = A W. Tolerance of row i as in `checks.gemm`
 with nothing for the output's rounding: z kappa_accumulate ||A_i|| ||W||_F. In units of the row's rms element the floor
-is that of fp32 results, where the check of bf16 ones (`sensors.rounded`) is blind below 0.0127 sqrt(N).
+is that of fp32 results, where the check of bf16 ones (`checks.rounded`) is blind below 0.0127 sqrt(N).
 
 Sees: any change of the accumulator above the floor. Does not see: the rounding to bf16 and what happens to C after it;
 wrong A or W. Cost: one multiplication an element in registers, M x N / 64 sums written; what predicts the sums comes

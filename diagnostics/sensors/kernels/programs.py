@@ -268,7 +268,7 @@ def energy(
     K: tl.constexpr,
     V: tl.constexpr,
 ):
-    """readings fp32 [batch, rows] of c [batch, rows, n] (any strides): the formula of `sensors.rounded`.
+    """readings fp32 [batch, rows] of c [batch, rows, n] (any strides): the formula of `checks.rounded`.
 
     predicted fp32 [batch, rows, V], squares and parts: `along_probes` of the left operand, parts_of_weights [batch, 2,
     tiles_of_weights] that of the right one; heavy int64 [batch]: how many rows of that are not zero. scale: alpha^2;

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diagnostics.sensors.account import MUTED
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.guarded_step import GuardedStep
-from diagnostics.sensors.inspection import MUTED
 
 aten = torch.ops.aten
 X = torch.arange(12.0).view(3, 4).flip(1)

@@ -106,6 +106,20 @@ def test_several_dimensions_are_normalised_together_and_only_what_was_asked_is_c
     assert worst(CHECKS, back) <= 1.0
 
 
+@pytest.mark.parametrize("mask", [[True, True, True], [False, True, True], [False, True, False], [False, False, True]])
+def test_sums_over_rows_without_a_tolerance_are_made_again_whatever_else_was_asked(mask: list[bool]) -> None:
+    """In bf16, of which no constant for them is known."""
+    x, w = outliers(40, 16, seed=2_000_003, dtype=torch.bfloat16), outliers(16, seed=1, dtype=torch.bfloat16)
+    there = run(aten.native_layer_norm.default, x, [16], w, w, EPS)
+    back = run(aten.native_layer_norm_backward.default, x, x, [16], there.out[1], there.out[2], w, w, mask)
+    assert worst(CHECKS, back) <= 1.0
+    for at, asked in enumerate(mask):
+        if asked:
+            bad = back.out[at].clone()
+            bad.view(-1)[3] += 8 * bad.abs().amax()
+            assert alarms(CHECKS, with_result(back, bad, at)), at
+
+
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_the_norms_own_identity_holds_exactly_with_eps(eps: float) -> None:
     x = outliers(6, 50, seed=3).double().requires_grad_()
