@@ -99,7 +99,7 @@ def inside_announced() -> bool:
 
 
 def announce(product: Announced, out: Tensor, to: Sequence[Watcher]) -> Tensor:
-    """Show a product to each watcher; returns `out`."""
+    """Show a product to each watcher, before anybody uses its result; returns `out` [M, N]."""
     for watcher in to:
         watcher.announced(product, out)
     return out

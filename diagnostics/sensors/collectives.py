@@ -40,7 +40,8 @@ def add_up(pieces: Sequence[Tensor], total: Tensor) -> None:
 def adds_up(pieces: Sequence[Tensor], total: Tensor, again: Tensor) -> bool:
     """Whether `total` is what `add_up` gives when it is done again, bit for bit; of NaNs, whether they are NaNs.
 
-    Which of two NaNs' payloads an addition keeps depends on whether it was done in a vector. `again` is overwritten.
+    pieces, total and again are fp32 [n] of one length; `again` is overwritten. Which of two NaNs' payloads an addition
+    keeps depends on whether it was done in a vector.
     """
     for lanes in (slice(0, 1), slice(1, None)):
         add_up([piece[lanes] for piece in pieces], again[lanes])

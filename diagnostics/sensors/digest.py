@@ -62,6 +62,7 @@ def digest(t: torch.Tensor, start: int = 0) -> int:
     digest(whole) == (digest(first) + digest(rest, s)) mod 2^64. A tensor whose bytes are not a multiple of 4 is
     padded with zeros; shape and dtype are not hashed (a manifest holds them). See `multilinear` for the formula.
     What is large is shared between as many threads as torch has; what has gaps is copied piece by piece, in the caches.
+    Raises ValueError for a negative start.
     """
     if t.device.type != "cpu":
         return int(digest_on_device(t, start).item()) & MASK

@@ -45,7 +45,11 @@ _FAILED = object()  # what should have kept what an operator writes over has fai
 
 
 class Inspection:
-    """Of one step: `watch.Step` and `saved.Watcher`."""
+    """Of one step: `watch.Step` and `saved.Watcher`.
+
+    again: share of what is run a second time and of kept tensors that are hashed. compare: whether what checkpointing
+    makes again is compared.
+    """
 
     def __init__(
         self,

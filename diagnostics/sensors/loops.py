@@ -73,7 +73,7 @@ class TrainerCallback(GuardedLoop):
 
     Args:
         on_alarm: called with the step when one is not clean, after its gradients were dropped.
-        options: of the guard, e.g. budget=0.01.
+        options: of the guard, e.g. budget=0.01; a wrong one raises when training begins.
     """
 
     def __init__(self, on_alarm: OnAlarm | None = None, **options: Any) -> None:

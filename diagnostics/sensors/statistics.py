@@ -1,10 +1,10 @@
 """Robust statistics of a step's scalars against the steps before: evidence beside an alarm, never proof by itself.
 
 Identity: none. A scalar of one step (loss, the norm of a tensor's gradient, an expert load's entropy, FP8's amax and
-shares) is compared with the same scalar's values in up to WINDOW other steps: z = (value - median) / spread, the spread
-being MAD / 0.6745, as wide as a Gaussian's standard deviation. Where more than half of the values are the same, MAD is
-0, and the mean absolute deviation times 1.2533 takes its place; where all are, any other value has an infinite z. What
-is a share has a least spread, or the first values of 1 in 10,000 after none would be the most unusual of all.
+shares) is compared with the same scalar's values in up to WINDOW - 1 other steps: z = (value - median) / spread, the
+spread being MAD / 0.6745, as wide as a Gaussian's standard deviation. Where more than half of the values are the same,
+MAD is 0, and the mean absolute deviation times 1.2533 takes its place; where all are, any other value has an infinite
+z. What is a share has a least spread, or the first values of 1 in 10,000 after none would be the most unusual of all.
 
 Tolerance: none either. These are no Gaussians: a clean run sees |z| above 10 now and then, since data differ and
 training moves. So no z alarms, holds a step or accuses anybody; what is not finite alarms by another check.
