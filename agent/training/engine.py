@@ -159,6 +159,7 @@ class Engine:
         if not deviation:
             # A replay is none of the run's steps.
             sense.observe("loss", loss, remember=attempt > 0)
+            sense.check_finite("gradients", gradients)  # before any sum, in which nobody could tell whose they were
         quantised = read(self._tallies)
         if attempt and result is not None and self.spec.sensors:
             self._scalars.observe(sense, result.counts, quantised)

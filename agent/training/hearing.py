@@ -83,7 +83,11 @@ class Hearing:
             return [self._of_tokens(held, suspects)]
         told = self._group.gather_objects(_told(held))
         summed = [suspect for suspect in suspects if _in_sums(told, suspect)]
-        cases: list[tuple[int, Ruling | None]] = [*self._of_sums(held, summed[0])] if summed else []
+        # Of a rank that is heard for something else its redo tells: one attempt has one verdict about one rank.
+        of_sums = self._of_sums(held, summed[0]) if summed else []
+        cases: list[tuple[int, Ruling | None]] = [
+            (rank, ruling) for rank, ruling in of_sums if rank in summed or rank not in suspects
+        ]
         for suspect in suspects:
             if suspect not in summed:
                 garbled = told[suspect].garbled

@@ -93,6 +93,7 @@ class Trainer:
         self.doubt = Doubt(seat.job, seat.generation, group, self.recovery, daemon)
         self.checkpoints: Checkpoints = WholeCheckpoints(None)
         self.executions: Counter[int] = Counter()
+        self.committed = (0, 0)  # the last step, and its attempt
         self.reasons = Reasons(daemon)
         self.phase = (0, "rendezvous")
         self.own = 0  # digest of this rank's words at the last gate
@@ -142,7 +143,9 @@ class Trainer:
     def _step(self, step: int) -> None:
         trace = self.doubt.trace
         alarms: tuple[Alarm, ...] = ()
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        # Attempts go on where a roll-back takes a step again: what was judged, and kept, of it goes by their number.
+        before = self.committed[1] if self.committed[0] == step else 0
+        for attempt in range(before + 1, before + 1 + MAX_ATTEMPTS):
             with nullcontext() if trace is None else self.daemon.span("redo", trace, step=step, attempt=attempt):
                 alarmed = self._attempt(step, attempt)
             if alarmed is None:
@@ -175,6 +178,7 @@ class Trainer:
         except Unlike as unlike:
             return replace(held, findings=unlike.findings), Outcome(Decision.REPLAY, str(unlike))
         times = Times(begun, sensed, time.monotonic())
+        self.committed = (step, attempt)
         attempts = self.executions.pop(step)
         norm = outcome.norm / self.group.world
         if key is not None:

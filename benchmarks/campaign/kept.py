@@ -8,16 +8,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 #: What the outcome of a fault depends on, below the repository's root.
-_CODE = ("agent/model", "agent/training", "diagnostics", "benchmarks/campaign")
+_CODE = ("agent/model", "agent/training", "diagnostics", "benchmarks/campaign", "benchmarks/_fp8_training.py")
 
 
 def folder_for(keep: Path, name: str, *settings: object) -> Path:
     """A folder within `keep`, made if it is missing, named by everything that a line depends on, the code included."""
     root = Path(__file__).parents[2]
-    state = hashlib.blake2b(repr(settings).encode(), digest_size=8)
-    for path in sorted(path for part in _CODE for path in (root / part).rglob("*") if path.suffix in (".py", ".json")):
-        state.update(path.read_bytes())
+    state = hashlib.blake2b(repr((torch.__version__, *settings)).encode(), digest_size=8)
+    for part in _CODE:
+        below = sorted((root / part).rglob("*")) or [root / part]
+        for path in below:
+            if path.suffix in (".py", ".json"):
+                state.update(path.read_bytes())
     folder = keep / f"{name}-{state.hexdigest()}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -45,7 +45,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", more: str = "") 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Recall of unmasked faults by decade of deviation, one line a precision, its interval as a band.
 
-    Dashed: what is caught where nothing is run again.
+    Dashed: what is caught where nothing is drawn (`report.DRAWN`).
     """
     width, bottom = WIDTH - LEFT - 40, TOP + CURVE
     step = width / (len(DECADES) - 1)
@@ -53,7 +53,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         _text(
             LEFT,
             24,
-            "Unmasked faults caught, by L2 of a row's difference / its rms element (dashed: nothing run again)",
+            "Unmasked faults caught, by L2 of a row's difference / its rms element (dashed: nothing drawn)",
         )
     ]
     for tenth in range(0, 11, 2):

@@ -15,6 +15,8 @@ from benchmarks.campaign.verdict import STRUCK
 Line = Mapping[str, Any]
 #: What the product must reach (docs/campaign.md's table), by the kind of share.
 TARGETS = {"harmful": 0.999, "above the floor": 0.99, "before commit": 0.99, "attribution": 1.0}
+#: Sensors that look only where a call or a kept tensor is drawn (`again`): all that a guard has without an identity.
+DRAWN = frozenset({"recompute", "moves", "saved"})
 #: Fewer than this in a class say nothing: its interval is wider than 0.2.
 FEWEST = 20
 
@@ -40,8 +42,8 @@ def caught(line: Line) -> bool:
 
 
 def by_identity(line: Line) -> bool:
-    """Caught, and not by running the operator again alone."""
-    return caught(line) and line["sensors"] != ["recompute"]
+    """Caught, and not only by what is drawn."""
+    return caught(line) and not (line["sensors"] and set(line["sensors"]) <= DRAWN)
 
 
 def share(
@@ -94,7 +96,7 @@ def _overall(lines: Sequence[Line]) -> Iterator[Figure]:
     yield share("harmful", lines, harmful)
     yield share("recall, harmful", bad, caught, TARGETS["harmful"])
     yield proven("recall, harmful, 95 % lower bound", bad, caught, TARGETS["harmful"])
-    yield share("recall, harmful, nothing run again", bad, by_identity)
+    yield share("recall, harmful, nothing drawn", bad, by_identity)
     yield _drawn(bad)
     yield share("recall, harmful to any tensor of the state", filter(_harms_state, lines), caught)
     yield share("recall, harmful, recurrent faults not by recomputation alone", bad, _independently)
@@ -102,7 +104,7 @@ def _overall(lines: Sequence[Line]) -> Iterator[Figure]:
     yield share("recall, unmasked and above the floor", visible, caught, TARGETS["above the floor"])
     yield proven("recall, unmasked and above the floor, 95 % lower bound", visible, caught, TARGETS["above the floor"])
     promised = [line for line in visible if line["floor"]]
-    yield share("recall, unmasked and above an identity's floor, nothing run again", promised, by_identity)
+    yield share("recall, unmasked and above an identity's floor, nothing drawn", promised, by_identity)
     early = [line for line in seen if harmful(line)]
     yield share("caught before the commit, of harmful that were caught", early, _before, TARGETS["before commit"])
     yield share("device found, of unmasked with a verdict", judged, _right, TARGETS["attribution"])
@@ -124,9 +126,9 @@ def _by_class(name: str, lines: Sequence[Line], audit: float) -> Iterator[Figure
 
 
 def _drawn(bad: Sequence[Line]) -> Figure:
-    """What a job would see of these faults, which runs only some operators again."""
+    """What a job would see of these faults, which draws only some of what has no identity."""
     expected = sum(1.0 if by_identity(line) else AGAIN * caught(line) for line in bad) / len(bad) if bad else None
-    name = f"recall, harmful, {AGAIN:g} of operators run again, expected"
+    name = f"recall, harmful, {AGAIN:g} drawn as in a job, expected"
     return Figure(name, expected, "share", "higher", samples=len(bad))
 
 
@@ -166,7 +168,8 @@ def outside(mine: Iterable[Figure], theirs: Iterable[Mapping[str, Any]]) -> list
     one share in six lies outside when both have as many faults. Compared is therefore whether the intervals meet.
     """
     found = []
-    others = {figure["name"]: figure for figure in theirs if (figure["coverage"] or "").startswith("95 %")}
+    shares = [figure for figure in theirs if figure["unit"] == "share"]
+    others = {figure["name"]: figure for figure in shares if (figure["coverage"] or "").startswith("95 %")}
     for figure in mine:
         other, n = others.get(figure.name), figure.samples or 0
         if other is None or figure.value is None or other["value"] is None or n < FEWEST:

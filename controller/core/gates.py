@@ -47,7 +47,15 @@ def replay_result(change: Change, event: ReplayResult) -> None:
     add_evidence(change, gate.incident, event.evidence, event.evidence_note)
     # An undecided step whose redo alarms again is no passing fault.
     again = event.verdict == UNDECIDED and attempt > 1
-    rule(change, job, gate.incident, replace(event, recurrent=event.recurrent or again))
+    counts = event.recurrent or not _told_already(change, job, gate, attempt, event.blamed_device)
+    rule(change, job, gate.incident, replace(event, recurrent=event.recurrent or again), counts)
+
+
+def _told_already(change: Change, job: Job, gate: Gate, attempt: int, device: str) -> bool:
+    """Whether another rank's verdict on the same attempt was held against this device: one fault reached several."""
+    others = [other for other in job.gates.values() if (other.step, other.judged) == (gate.step, attempt)]
+    incidents = [change.state.incidents[other.incident] for other in others if other.rank != gate.rank]
+    return any(incident.verdict == CORRUPT and incident.device == device for incident in incidents)
 
 
 def digest_disagreement(change: Change, event: DigestDisagreement) -> None:

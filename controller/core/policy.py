@@ -45,7 +45,7 @@ class Policy:
     # What a verdict weighs against a device, in confirmed faults. That a fault did not reproduce lowers nothing: of 18
     # published incidents every one came from a permanently bad device, and 1 of 50 reruns of one of them differed.
     corrupt_weight: float = 1.0
-    # An alarm that nobody could judge: mostly a tight tolerance. Four of them make a suspect, none takes a device out.
+    # An alarm that nobody could judge: mostly a tight tolerance. Three of them make a suspect, none takes a device out.
     undecided_weight: float = 0.25
     # Every device computed the same: the tolerance was at fault, and is widened.
     false_alarm_weight: float = 0.0

@@ -13,8 +13,11 @@ from controller.core.suspicion import blamed, doubted, excused
 CORRUPT, FALSE_ALARM, UNDECIDED, SOFTWARE = "CORRUPT", "FALSE_ALARM", "UNDECIDED", "SOFTWARE"
 
 
-def rule(change: Change, job: Job, key: str, event: ReplayResult) -> None:
-    """Act on a verdict. It is held against the device as the policy weighs it; only repeated ones cost a restart."""
+def rule(change: Change, job: Job, key: str, event: ReplayResult, counts: bool = True) -> None:
+    """Act on a verdict. It is held against the device as the policy weighs it; only repeated ones cost a restart.
+
+    counts: False of a corruption that was held against its device already, by what another rank made of it.
+    """
     incident = change.incident(key)
     incident.verdict = event.verdict
     incident.decided_at = change.now
@@ -22,7 +25,7 @@ def rule(change: Change, job: Job, key: str, event: ReplayResult) -> None:
     if event.widened:
         change.note(key, f"recalibrated: {event.widened} tolerances widened or checks muted on rank {event.rank}")
     if event.verdict == CORRUPT:
-        _corrupt(change, job, incident, event)
+        _corrupt(change, job, incident, event, counts)
     elif event.verdict == FALSE_ALARM:
         _judge_alarmed(change, job, event, excused)
     elif event.verdict == SOFTWARE:
@@ -50,11 +53,14 @@ def _contradicted(votes: tuple[Vote, ...]) -> bool:
     return len({vote.digest for vote in votes if vote.role in ("original", "suspect")}) > 1
 
 
-def _corrupt(change: Change, job: Job, incident: Incident, event: ReplayResult) -> None:
+def _corrupt(change: Change, job: Job, incident: Incident, event: ReplayResult, counts: bool) -> None:
     """A device is confirmed to have corrupted a step: remember it, and replace its node if it will do it again."""
     place = next((item for item in job.placements if item.node == event.blamed_node), None)
     device = event.blamed_device or (place.device if place else "")
     incident.node, incident.device = event.blamed_node or incident.node, device or incident.device
+    if not counts:
+        change.note(incident.id, f"held against {device} once: the same corruption reached another rank")
+        return
     last = job.corruptions.get(device)
     job.corruptions[device] = event.step
     level = accuse(change, event.blamed_node, device, blamed)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.sensors.statistics import Comparison, Histories
+from diagnostics.sensors.statistics import NOTHING, Comparison, Histories
 
 
 class _Told(NamedTuple):
@@ -30,7 +30,9 @@ class Observed:
         self._told.append(_Told(names, values, least))
 
     def compared(self, histories: Histories, key: int, device: torch.device) -> Comparison:
-        """With the steps before; waits for the device, if anything lies there."""
+        """With the steps before; waits for the device, if any lies there. Nothing of a step that was told nothing."""
+        if not self._told:
+            return NOTHING
         there = [told.values.detach().float().to(device) for told in self._told if isinstance(told.values, Tensor)]
         over = iter(torch.cat(there).tolist() if there else ())
         found: dict[str, tuple[float, float]] = {}

@@ -77,6 +77,10 @@ class Comparison:
         return Statistic(self.names[i], float(self.values[i]), float(self.medians[i]), float(self.z[i]))
 
 
+#: Of a step that was told nothing.
+NOTHING = Comparison((), *(np.empty(0) for _ in range(3)))
+
+
 class Histories:
     """The last WINDOW steps' values of each name, by the step's key: a step redone replaces its values.
 

@@ -16,10 +16,11 @@ ROLES: tuple[Role, ...] = ("original", "suspect", "peer", "third")
 class Vote:
     """One recomputation of the alarmed rank's gradients.
 
-    original: the run that alarmed. suspect: its replay on the same device. peer: the same sample ids on another
-    node. third: the same on a node that is neither (the spare). `exact` says of an original and of a suspect that a
-    check without a tolerance alarmed. `number` counts the votes of a role, from 1: only a suspect casts more than one,
-    and they count as one device.
+    original: the run that alarmed. suspect: its replay on the same device. peer: the same sample ids on another node.
+    third: the same on a node that is neither (the spare). `alarm` says that some check alarmed, `exact` of an original
+    and of a suspect that one without a tolerance did. Checks are functions of the operands and of the step's key: of
+    the same bits they read the same again. `number` counts the votes of a role, from 1: only a suspect casts more than
+    one, and they count as one device.
     """
 
     role: Role
@@ -110,13 +111,18 @@ def _agreed(original: Vote, suspect: Vote, peer: Vote) -> Ruling:
         return _blame(
             suspect, False, f"did not reproduce: {suspect.node} and {peer.node} agree on a result that the run lacked"
         )
-    if original.exact and not suspect.exact:
+    passed = (original.alarm, original.exact, not original.finite), (suspect.alarm, suspect.exact, not suspect.finite)
+    if original.alarm and any(once and not again for once, again in zip(*passed, strict=True)):
         return _blame(
             suspect,
             False,
-            f"did not reproduce: {suspect.node} made other bits once, of which nothing went into the step",
+            f"did not reproduce: a check of the same bits alarmed on {suspect.node} once, and does not again",
         )
-    if not (original.finite and suspect.finite and peer.finite):
+    if original.alarm and not suspect.finite and peer.finite and not peer.alarm:
+        return _blame(
+            suspect, True, f"{suspect.node}'s checks are not finite again, and {peer.node}'s are, of the same bits"
+        )
+    if not suspect.finite:
         return _verdict(Verdict.SOFTWARE, "every device computes the same result, and it is not finite")
     return _verdict(Verdict.FALSE_ALARM, f"{suspect.node} and {peer.node} reproduce the run bit for bit")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import sdc_campaign
+from benchmarks._figures import Figure
 from benchmarks.campaign.draw import BLOCK, PRECISIONS, placed
 from benchmarks.campaign.intermittent import RATES, chance, curve_blocks, curve_figures, struck
 from benchmarks.campaign.kept import append, collected, folder_for, lines_of, missing, path_of
@@ -80,9 +81,17 @@ def test_a_device_that_repeats_its_fault_is_not_found_by_repeating() -> None:
     found = values([line(0, **by_recomputation), line(1, **both), line(2, sensors=["recompute"]), line(3)])
     assert found["recall, harmful"].value == 1.0
     assert found["recall, harmful, recurrent faults not by recomputation alone"].value == 3 / 4
-    assert found["recall, harmful, nothing run again"].value == 2 / 4
-    assert found["recall, unmasked and above an identity's floor, nothing run again"].value == 2 / 4
-    assert found["recall, harmful, 0.0625 of operators run again, expected"].value == (2 + 2 / 16) / 4
+    assert found["recall, harmful, nothing drawn"].value == 2 / 4
+    assert found["recall, unmasked and above an identity's floor, nothing drawn"].value == 2 / 4
+    assert found["recall, harmful, 0.0625 drawn as in a job, expected"].value == (2 + 2 / 16) / 4
+
+
+@pytest.mark.parametrize("sensors", [["recompute"], ["moves"], ["saved"], ["moves", "saved"]])
+def test_what_a_job_only_draws_counts_as_drawn(sensors: list[str]) -> None:
+    """Moves and kept tensors as well; what the gate caught, without a sensor, and identities are always there."""
+    found = values([line(0, sensors=sensors), line(1, sensors=[*sensors, "gemm"]), line(2, sensors=[], by="states")])
+    assert found["recall, harmful, nothing drawn"].value == 2 / 3
+    assert found["recall, harmful, 0.0625 drawn as in a job, expected"].value == (2 + 1 / 16) / 3
 
 
 def test_a_share_of_all_does_not_meet_its_target_with_few() -> None:
@@ -100,6 +109,14 @@ def test_another_seed_is_compared_by_intervals() -> None:
     assert not outside(figures(campaign(24), 0.1), theirs)
     apart = outside(figures(campaign(80), 0.1), theirs)
     assert any(text.startswith("recall, harmful:") for text in apart)
+
+
+def test_probabilities_are_no_shares() -> None:
+    """A chance within so many steps has an interval of its own, and no tries that were hits."""
+    mine = [Figure("caught within 100 steps", 0.9, "probability", "higher", coverage="95 % interval", samples=40)]
+    theirs = [asdict(replace(mine[0], value=0.1))]
+    assert not outside(mine, theirs)
+    assert outside([replace(mine[0], unit="share")], [{**theirs[0], "unit": "share"}])
 
 
 def test_the_table_has_hits_of_tries() -> None:

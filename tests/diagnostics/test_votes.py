@@ -128,17 +128,42 @@ def test_a_third_vote_from_the_suspects_node_does_not_count() -> None:
 
 
 def test_a_check_of_bits_needs_no_other_result_to_be_right() -> None:
-    """Nothing of the wrong value went into the step, but the device made it; without such a check it is a tolerance."""
+    """Nothing of the wrong value went into the step, but the device made it; a tolerance alarms again."""
     alarmed = vote("original", "x", alarm=True)
     votes = cast("xxx", original=replace(alarmed, exact=True))
     ruling = decide(votes)
     assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, "a", False)
-    assert decide(cast("xxx", original=alarmed)).verdict is Verdict.FALSE_ALARM
     loose = vote("suspect", "x", alarm=True)
+    assert decide(cast("xxx", original=alarmed, suspect=loose)).verdict is Verdict.FALSE_ALARM
     again = cast("xxx", original=replace(alarmed, exact=True), suspect=replace(loose, exact=True))
     assert decide(again).verdict is Verdict.FALSE_ALARM  # an operator that never repeats: nothing to blame a device for
     hidden = cast("xxx", original=replace(alarmed, exact=True), suspect=loose)
     assert decide(hidden).verdict is Verdict.CORRUPT  # a tolerance that is too tight as well hides nothing
+
+
+def test_an_alarm_that_the_same_bits_do_not_raise_again_was_of_something_wrong() -> None:
+    """Else a device would widen its own tolerance by corrupting what no update depends on."""
+    ruling = decide(cast("xxx", original=vote("original", "x", alarm=True)))
+    assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, "a", False)
+    assert "did not reproduce" in ruling.reason
+    quiet = decide(cast("xxx"))  # no check of its own alarmed: what overflowed did so in the sum
+    assert quiet.verdict is Verdict.FALSE_ALARM
+
+
+def test_a_reading_that_is_not_finite_once_is_no_fault_of_the_software() -> None:
+    """It would end the job; and where only the suspect's checks are not finite again, they are its own."""
+    roles: tuple[Role, ...] = ("original", "suspect", "peer")
+    original, suspect, peer = (replace(vote(role, "x"), alarm=True, finite=False) for role in roles)
+    once = decide(cast("xxx", original=original))
+    assert (once.verdict, once.blamed_node, once.recurrent) == (Verdict.CORRUPT, "a", False)
+    loose = decide(cast("xxx", original=original, suspect=vote("suspect", "x", alarm=True)))
+    assert (loose.verdict, loose.blamed_node) == (Verdict.CORRUPT, "a")
+    again = decide(cast("xxx", original=original, suspect=suspect))
+    assert (again.verdict, again.blamed_node, again.recurrent) == (Verdict.CORRUPT, "a", True)
+    everywhere = decide(cast("xxx", original=original, suspect=suspect, peer=peer))
+    assert everywhere.verdict is Verdict.SOFTWARE
+    unseen = decide([replace(each, finite=False) for each in cast("xxx")])  # sensors off: nobody alarms
+    assert unseen.verdict is Verdict.SOFTWARE
 
 
 def test_nonsense_is_refused() -> None:
@@ -184,7 +209,8 @@ def test_whatever_the_votes(votes: list[Vote], unavailable: frozenset[Role]) -> 
         others = {node: d for node, d in recomputed.items() if node != ruling.blamed_node}
         assert others, "no device is blamed on its own word"
         original = next(v for v in votes if v.role == "original")
-        if ruling.blamed_node != original.node or ruling.recurrent:
+        strange = [v for v in votes if v.role == "suspect" and not v.finite]
+        if ruling.blamed_node != original.node or (ruling.recurrent and not strange):
             assert recomputed[ruling.blamed_node] not in others.values(), "it agrees with another device"
 
 

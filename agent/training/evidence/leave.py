@@ -69,9 +69,12 @@ def leave(
     }
     try:
         size = write(folder, str(at), Bundle(facts, parts))
-        removed = prune(folder, settings, held.step, held.generation, time.time())
     except OSError as error:
         return Left(note=f"no evidence was kept: {error.strerror or error}")
+    try:
+        removed = prune(folder, settings, held.step, held.generation, time.time())
+    except OSError as error:
+        return Left(str(at), f"{_note(size, left_out, ())}; older evidence stays: {error.strerror or error}")
     return Left(str(at), _note(size, left_out, removed))
 
 

@@ -66,7 +66,7 @@ def judged(bundle: Bundle, here: Sequence[Vote]) -> dict[str, Any]:
         "fingerprint": fingerprints[0],
         "recorded_fingerprint": fingerprints[1],
         "left_out": facts["left_out"],
-        "exit": 0 if held else FAILED if comparable else CONDITION,
+        "exit": 0 if held else FAILED if comparable or own is None else CONDITION,
     }
 
 
@@ -77,6 +77,8 @@ def _upholds(ruling: dict[str, Any], votes: Sequence[dict[str, Any]]) -> bool | 
         return bool(original["agrees"])
     if ruling["verdict"] != "CORRUPT":
         return None
+    if len({vote["digest"] for vote in votes}) == 1:
+        return bool(original["agrees"])  # a check saw what went into nothing; the bits are everybody's
     others = [vote for vote in votes if vote["device"] != ruling["blamed_device"]]
     wrong = [vote for vote in votes if vote["device"] == ruling["blamed_device"] and not vote["agrees"]]
     return bool(wrong) and any(vote["agrees"] for vote in others)

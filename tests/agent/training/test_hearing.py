@@ -126,6 +126,24 @@ def test_who_gave_a_piece_otherwise_than_announced_is_blamed_with_the_alarm_of_t
     assert [(judged.suspect, judged.ruling.blamed_node) for judged in found] == [(2, "n2")]
 
 
+class Mixed(Chorus):
+    """Rank 2 alarms by its own sensors, and what it gave rank 0 is not what it announced."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        if not isinstance(value, Told):
+            return [value] * 3
+        return [replace(value, sensors=rank == 2, strays=rank == 0) for rank in range(3)]
+
+
+def test_a_rank_that_is_heard_for_its_sensors_has_no_second_verdict_by_the_sum() -> None:
+    court, stray = Court({2: Verdict.CORRUPT}), Stray("gradient", GIVEN, 2, 0, 0, 6)
+    explained = Explained(alarm_of(stray), Summed(GIVEN, Handed(2, 0, 5, 6, 6, 6, alone=False)))
+    held = Held(1, 5, 1, QUIET, "", None, reduction=Reduction(strays=(stray,)), sums=(explained,))  # type: ignore[arg-type]
+    hearing = Hearing(court, Mixed(), Silent())  # type: ignore[arg-type]
+    hearing.hear(held, Outcome(Decision.REPLAY, "sensor alarm", suspects=(0, 2)))
+    assert court.order == [("judged", 2), ("published", 2, Verdict.CORRUPT)]
+
+
 def test_copies_that_differ_though_all_else_compares_are_nobodys() -> None:
     court = Court({})
     held = Held(1, 5, 1, QUIET, "", None)  # type: ignore[arg-type]

@@ -56,6 +56,18 @@ def engine(home: Path) -> Engine:
     return an_engine(home)
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 1.0])
+def test_a_gradient_that_is_not_finite_alarms_before_any_sum(home: Path, bad: float) -> None:
+    """In the sum nobody could tell whose it was; the loss is as ever. The control's is finite."""
+    engine = an_engine(home)
+    weight = next(iter(engine.model.parameters()))
+    weight.register_hook(lambda gradient: torch.full_like(gradient, bad))
+    computed = engine.compute(1, 0, 1, torch.zeros(engine.layout.flat))
+    assert math.isfinite(computed.loss)
+    found = {(alarm.sensor, alarm.module) for alarm in computed.alarms}
+    assert (("finite", "gradients") in found) is (bad != 1.0)
+
+
 def test_entropy_is_one_for_an_even_load_and_nothing_for_one_expert() -> None:
     even, one = torch.full((8,), 5), torch.eye(8, dtype=torch.int64)[3] * 40
     halves = torch.tensor([10, 10, 0, 0, 0, 0, 0, 0])

@@ -372,6 +372,23 @@ def test_the_incident_document_has_the_keys_that_people_rely_on() -> None:
     assert document["before_commit"] is True
 
 
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_one_corruption_that_reached_two_ranks_is_held_against_its_device_once(attempt: int) -> None:
+    """Of the same attempt; that the redo is corrupted as well is a fault that stayed."""
+    story = trained()
+    story.alarm(0, 12)
+    story.verdict("CORRUPT", rank=0, step=12, blamed="n1")
+    level = dict(story.state.suspicion)
+    story.alarm(1, 12)
+    if attempt == 2:
+        story.verdict("FALSE_ALARM", rank=1, step=12)
+        story.alarm(1, 12, attempt=2)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
+    assert bool(story.of(Quarantine)) is (attempt == 2)
+    assert (story.state.suspicion == level) is (attempt == 1)
+    assert [incident.verdict for incident in story.state.incidents.values()] == ["CORRUPT", "CORRUPT"]
+
+
 def test_each_held_attempt_leaves_its_evidence_with_the_incident_or_says_why_not() -> None:
     story = trained()
     for attempt, evidence in ((1, ("first", "9 bytes")), (2, ("second", "")), (3, ("", "no room"))):

@@ -168,10 +168,25 @@ def test_what_agrees_with_the_blamed_alone_upholds_nothing(
     assert (code, document["upholds"]) == (1, False)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_check_that_alarmed_once_is_upheld_by_the_bits_that_all_computed(
+    home: Path, bundle: Callable[..., Left], votes: list[Vote], capsys: Any, same: bool
+) -> None:
+    """Control: where this machine computes others, it upholds nothing."""
+    digest = votes[1].digest if same else WRONG
+    ballots = [
+        replace(vote, digest=digest, alarm=vote.role == "original", exact=vote.role == "original") for vote in votes
+    ]
+    left = bundle(f"once-{same}", ballots)
+    code, document = run(capsys, home / f"once-{same}" / "job" / left.name)
+    assert (document["verdict"], document["blamed_device"]) == ("CORRUPT", "cpu-n1")
+    assert (code, document["upholds"]) == ((0, True) if same else (1, False))
+
+
 def test_a_false_alarm_is_upheld_by_the_runs_own_bits(
     home: Path, bundle: Callable[..., Left], votes: list[Vote], capsys: Any
 ) -> None:
-    ballots = [replace(votes[0], digest=votes[1].digest), *votes[1:]]
+    ballots = [replace(vote, digest=votes[1].digest, alarm=True) for vote in votes]
     left = bundle("false", ballots)
     code, document = run(capsys, home / "false" / "job" / left.name)
     assert (code, document["verdict"], document["upholds"]) == (0, "FALSE_ALARM", True)
