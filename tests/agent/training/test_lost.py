@@ -12,10 +12,11 @@ from ranks import SPEC, train
 from agent.training.engine import Engine
 from agent.training.lost import CHARACTERS, REASONS, Lost, Reasons, lost
 from agent.training.spec import JobSpec
+from diagnostics.sensors import inspection
 from diagnostics.sensors.checks.operation import Unsupported
 from diagnostics.sensors.inspection import Inspection
 
-BROKEN = "the check itself failed: ZeroDivisionError: nothing is left (test_lost.py:38)"  # where `broken` raises
+BROKEN = "the check itself failed: ZeroDivisionError: nothing is left (test_lost.py:39)"  # where `broken` raises
 
 
 class BrokenSensors:
@@ -88,7 +89,7 @@ def test_a_step_whose_sensors_fail_says_so_and_alarms_not(engine: Engine, monkey
 
 
 def test_calls_that_no_check_can_judge_are_counted_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Inspection, "_announced", refused)
+    monkeypatch.setattr(inspection, "product_check", refused)
     found = engine.compute(1, 0, 1, engine.gradients).lost
     assert found.failed == 0
     assert found.unjudged > 0
