@@ -75,6 +75,7 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
         gate = _blame_late(change, job, after[0], event.blamed_rank, text)
     else:
         gate = _gate(change, job, event.step, event.blamed_rank, text, before_commit=False)
+        change.incident(gate.incident).before_commit = False  # also of one that was held before it was committed
     _keep(job, replace(gate, attempt=gate.attempt + 1, judged=gate.attempt + 1))
     verdict = ReplayResult(
         time=event.time,

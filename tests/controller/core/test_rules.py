@@ -389,6 +389,21 @@ def test_one_corruption_that_reached_two_ranks_is_held_against_its_device_once(a
     assert [incident.verdict for incident in story.state.incidents.values()] == ["CORRUPT", "CORRUPT"]
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_what_was_committed_wrong_was_not_caught_before_the_commit(held: bool) -> None:
+    """Whether or not the same step had been held before."""
+    story = trained()
+    if held:
+        story.alarm(1, 12)
+        story.verdict("FALSE_ALARM", rank=1, step=12)
+    story.disagreement(12, blamed=1)
+    (incident,) = story.state.incidents.values()
+    assert (incident.verdict, incident.before_commit) == ("CORRUPT", False)
+    story.alarm(1, 12, attempt=3 if held else 2)  # the redo, whose attempts go on
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
+    assert story.of(Quarantine)
+
+
 def test_each_held_attempt_leaves_its_evidence_with_the_incident_or_says_why_not() -> None:
     story = trained()
     for attempt, evidence in ((1, ("first", "9 bytes")), (2, ("second", "")), (3, ("", "no room"))):
