@@ -8,6 +8,7 @@ from agent.training.collective import Group
 from agent.training.crosscheck import CrossCheck
 from agent.training.layout import State
 from agent.training.optimizer import Pass
+from agent.training.seals import SENSOR
 from agent.training.shards import ShardLayout
 from agent.training.spec import Mesh
 from diagnostics.health import Alarm
@@ -151,7 +152,7 @@ def _arrived(one: Wrong, handed: Handed) -> Alarm:
     """There is no tolerance, so the reading is infinite."""
     operation = "send" if one.what in ("replica", "gradient") else "all_gather"
     where = f"from rank {handed.source} to rank {handed.holder}"
-    return Alarm("exchange", one.what, operation, "step", math.inf, where)
+    return Alarm(SENSOR, one.what, operation, "step", math.inf, where)
 
 
 def _of_sum(rank: int, row: Told) -> Finding:

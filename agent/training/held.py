@@ -47,7 +47,7 @@ class Held:
 def vote_body(vote: Vote) -> dict[str, Any]:
     """A vote as it travels: assay.v1.Vote's fields."""
     body = asdict(vote)
-    del body["finite"], body["exact"]
+    del body["finite"], body["alarmed"]
     return body
 
 

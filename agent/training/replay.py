@@ -10,17 +10,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from agent.training import seals, strays
 from agent.training.collective import Group
 from agent.training.engine import Engine, vote_digest
 from agent.training.evidence.leave import Left, leave
 from agent.training.held import Held, Member, alarm_body, vote_body
 from agent.training.roles import Roles
 from diagnostics.health import Verdict
-from diagnostics.verify.votes import Role, Ruling, Vote, decide
+from diagnostics.verify.votes import Role, Ruling, Vote, decide, places_of
 
 #: A spare fetches the state (0.1 s) and recomputes one step; 30 s covers a slow network and a cold worker. The
 #: controller gives up earlier and says so.
 THIRD_VOTE_S = 30.0
+#: Checks of what ranks hand each other: no recomputation of a rank's own part makes them again.
+BETWEEN = frozenset({strays.SENSOR, seals.SENSOR})
 #: Where nobody left any evidence.
 NOTHING_LEFT = Left()
 
@@ -138,9 +141,10 @@ class Replayer:
         here = self.members[self.group.rank]
         if role == "original":
             computed = held.computation
-            finite = math.isfinite(computed.reading) and math.isfinite(computed.loss)
-            exact = any(alarm.exact for alarm in computed.alarms)
-            mine = Vote(role, here.node, here.device, os.getpid(), held.original, computed.alarm, finite, exact=exact)
+            alarms = [alarm for alarm in computed.alarms if alarm.sensor not in BETWEEN]
+            finite = math.isfinite(computed.loss) and all(math.isfinite(alarm.reading) for alarm in alarms)
+            cast = (held.original, bool(alarms), finite)
+            mine = Vote(role, here.node, here.device, os.getpid(), *cast, alarmed=places_of(alarms))
         elif role is not None:
             with self.roles.acting(held.state, suspect) as engine:
                 mine = recompute(engine, self._scratch_buffer(), held.step, suspect, here, role, number)
@@ -253,5 +257,5 @@ def recompute(
         alarm=result.alarm,
         finite=finite,
         number=number,
-        exact=any(alarm.exact for alarm in result.alarms),
+        alarmed=places_of(result.alarms),
     )

@@ -19,6 +19,7 @@ from diagnostics.sensors.collectives import piece_hash
 from diagnostics.sensors.multilinear import signed
 from diagnostics.sensors.quiet import quiet
 
+SENSOR = "exchange"
 _WORD = 1 << 64
 
 
@@ -141,4 +142,4 @@ class Sealed:
 def alarm_of(garbled: Garbled) -> Alarm:
     """What is reported of it. There is no tolerance, so the reading is infinite."""
     where = f"from rank {garbled.source} to rank {garbled.destination}"
-    return Alarm("exchange", f"exchange {garbled.number}", "all_to_all", "step", math.inf, where)
+    return Alarm(SENSOR, f"exchange {garbled.number}", "all_to_all", "step", math.inf, where)

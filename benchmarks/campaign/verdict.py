@@ -8,8 +8,9 @@ from typing import Any
 
 from agent.training.agreement import Again, Hashes, findings
 from benchmarks.campaign.bench import Computed
+from diagnostics.health import Alarm
 from diagnostics.verify.between import Changed, Repeat, changed_ruling, update_ruling
-from diagnostics.verify.votes import Role, Ruling, Vote, decide
+from diagnostics.verify.votes import Role, Ruling, Vote, decide, places_of
 
 #: The device that is struck, and those that cast the other votes. The suspect's replay is on the device itself.
 STRUCK, PEER, THIRD = "n0", "n1", "n2"
@@ -23,17 +24,15 @@ def by_votes(original: Computed, clean: str, again: Callable[[], Computed | None
     fault does not come back, and the suspect is right this time.
     """
     finite = original.finite and all(math.isfinite(alarm.reading) for alarm in original.alarms)
-    exact = any(alarm.exact for alarm in original.alarms)
-    votes = [_vote("original", original.digest, bool(original.alarms), finite, exact)]
+    votes = [_vote("original", original.digest, original.alarms, finite)]
     ruling = decide(votes)
     while ruling.needs is not None:
         role = ruling.needs
         replay = again() if role == "suspect" else None
         if replay is None:
-            votes.append(_vote(role, clean, False, True))
+            votes.append(_vote(role, clean, (), True))
         else:
-            repeated = any(alarm.exact for alarm in replay.alarms)
-            votes.append(_vote(role, replay.digest, bool(replay.alarms), replay.finite, repeated))
+            votes.append(_vote(role, replay.digest, replay.alarms, replay.finite))
         ruling = decide(votes)
     verdict = "" if ruling.verdict is None else ruling.verdict.value
     return {"verdict": verdict, "blamed": ruling.blamed_device or "", "replays": len(votes) - 1}
@@ -68,5 +67,5 @@ def on_states(made: Sequence[int], known: Hashes, seen: Sequence[Again]) -> Ruli
     return update_ruling(evidence, members)
 
 
-def _vote(role: Role, digest: str, alarm: bool, finite: bool, exact: bool = False) -> Vote:
-    return Vote(role, _DEVICES[role], _DEVICES[role], 0, digest, alarm, finite, exact=exact)
+def _vote(role: Role, digest: str, alarms: Sequence[Alarm], finite: bool) -> Vote:
+    return Vote(role, _DEVICES[role], _DEVICES[role], 0, digest, bool(alarms), finite, alarmed=places_of(alarms))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from diagnostics.health import Verdict
+from diagnostics.health import Alarm, Verdict
 
 Role = Literal["original", "suspect", "peer", "third"]
 ROLES: tuple[Role, ...] = ("original", "suspect", "peer", "third")
@@ -17,10 +17,10 @@ class Vote:
     """One recomputation of the alarmed rank's gradients.
 
     original: the run that alarmed. suspect: its replay on the same device. peer: the same sample ids on another node.
-    third: the same on a node that is neither (the spare). `alarm` says that some check alarmed, `exact` of an original
-    and of a suspect that one without a tolerance did. Checks are functions of the operands and of the step's key: of
-    the same bits they read the same again. `number` counts the votes of a role, from 1: only a suspect casts more than
-    one, and they count as one device.
+    third: the same on a node that is neither (the spare). `alarm` says that some check alarmed, `alarmed` of an
+    original and of a suspect which ones did. Checks are functions of the operands and of the step's key: of the same
+    bits they read the same again. `number` counts the votes of a role, from 1: only a suspect casts more than one, and
+    they count as one device.
     """
 
     role: Role
@@ -31,7 +31,7 @@ class Vote:
     alarm: bool
     finite: bool = True
     number: int = 1
-    exact: bool = False
+    alarmed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,11 @@ class Ruling:
     recurrent: bool
     needs: Role | None
     reason: str
+
+
+def places_of(alarms: Iterable[Alarm]) -> frozenset[str]:
+    """Which checks raised these."""
+    return frozenset(f"{alarm.sensor} at {alarm.module} ({alarm.operation}, {alarm.pass_})" for alarm in alarms)
 
 
 def decide(votes: Iterable[Vote], unavailable: frozenset[Role] = frozenset(), replays: int = 1) -> Ruling:
@@ -111,13 +116,10 @@ def _agreed(original: Vote, suspect: Vote, peer: Vote) -> Ruling:
         return _blame(
             suspect, False, f"did not reproduce: {suspect.node} and {peer.node} agree on a result that the run lacked"
         )
-    passed = (original.alarm, original.exact, not original.finite), (suspect.alarm, suspect.exact, not suspect.finite)
-    if original.alarm and any(once and not again for once, again in zip(*passed, strict=True)):
-        return _blame(
-            suspect,
-            False,
-            f"did not reproduce: a check of the same bits alarmed on {suspect.node} once, and does not again",
-        )
+    once = sorted(original.alarmed - suspect.alarmed)
+    if once or (original.alarm and suspect.finite and not original.finite):
+        what = once[0] if once else "a check that was not finite"
+        return _blame(suspect, False, f"did not reproduce: {what} on {suspect.node}, of the same bits")
     if original.alarm and not suspect.finite and peer.finite and not peer.alarm:
         return _blame(
             suspect, True, f"{suspect.node}'s checks are not finite again, and {peer.node}'s are, of the same bits"

@@ -127,27 +127,33 @@ def test_a_third_vote_from_the_suspects_node_does_not_count() -> None:
     assert ruling.verdict is Verdict.UNDECIDED
 
 
-def test_a_check_of_bits_needs_no_other_result_to_be_right() -> None:
-    """Nothing of the wrong value went into the step, but the device made it; a tolerance alarms again."""
-    alarmed = vote("original", "x", alarm=True)
-    votes = cast("xxx", original=replace(alarmed, exact=True))
-    ruling = decide(votes)
-    assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, "a", False)
-    loose = vote("suspect", "x", alarm=True)
-    assert decide(cast("xxx", original=alarmed, suspect=loose)).verdict is Verdict.FALSE_ALARM
-    again = cast("xxx", original=replace(alarmed, exact=True), suspect=replace(loose, exact=True))
-    assert decide(again).verdict is Verdict.FALSE_ALARM  # an operator that never repeats: nothing to blame a device for
-    hidden = cast("xxx", original=replace(alarmed, exact=True), suspect=loose)
-    assert decide(hidden).verdict is Verdict.CORRUPT  # a tolerance that is too tight as well hides nothing
+TIGHT, LOST = "gemm at 0 (mm, fprop)", "recompute at 1 (silu, fprop)"
 
 
-def test_an_alarm_that_the_same_bits_do_not_raise_again_was_of_something_wrong() -> None:
-    """Else a device would widen its own tolerance by corrupting what no update depends on."""
-    ruling = decide(cast("xxx", original=vote("original", "x", alarm=True)))
-    assert (ruling.verdict, ruling.blamed_node, ruling.recurrent) == (Verdict.CORRUPT, "a", False)
-    assert "did not reproduce" in ruling.reason
-    quiet = decide(cast("xxx"))  # no check of its own alarmed: what overflowed did so in the sum
-    assert quiet.verdict is Verdict.FALSE_ALARM
+def alarmed(role: Role, *places: str) -> Vote:
+    return replace(vote(role, "x", alarm=bool(places)), alarmed=frozenset(places))
+
+
+@pytest.mark.parametrize(
+    ("once", "again", "verdict"),
+    [
+        ((TIGHT,), (TIGHT,), Verdict.FALSE_ALARM),  # the tolerance is too tight
+        ((TIGHT, LOST), (TIGHT, LOST), Verdict.FALSE_ALARM),  # as is an operator that never repeats
+        ((LOST,), (), Verdict.CORRUPT),
+        ((TIGHT, LOST), (TIGHT,), Verdict.CORRUPT),  # a tolerance that is too tight as well hides nothing
+        ((TIGHT,), (TIGHT, LOST), Verdict.FALSE_ALARM),  # the replay's own matter
+        ((), (TIGHT,), Verdict.FALSE_ALARM),
+        ((), (), Verdict.FALSE_ALARM),  # no check of its own alarmed: what overflowed did so in the sum
+    ],
+)
+def test_an_alarm_that_the_same_bits_do_not_raise_again_was_of_something_wrong(
+    once: tuple[str, ...], again: tuple[str, ...], verdict: Verdict
+) -> None:
+    """Nothing of it went into the step, but the device made it; else it would widen a tolerance by corrupting."""
+    ruling = decide(cast("xxx", original=alarmed("original", *once), suspect=alarmed("suspect", *again)))
+    assert (ruling.verdict, ruling.recurrent) == (verdict, False)
+    assert ruling.blamed_node == ("a" if verdict is Verdict.CORRUPT else None)
+    assert (f"did not reproduce: {LOST}" in ruling.reason) is (verdict is Verdict.CORRUPT)
 
 
 def test_a_reading_that_is_not_finite_once_is_no_fault_of_the_software() -> None:

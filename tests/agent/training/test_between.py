@@ -80,6 +80,16 @@ def test_wrong_sums_are_held_and_leave_no_trace(home: Path, whole: str) -> None:
     assert not kinds(reports, "digest_disagreement")
 
 
+def test_who_alarms_falsely_is_not_blamed_for_a_sum_that_another_spoilt(home: Path, whole: str) -> None:
+    """No replay makes the sum again, so that its alarm is not there again says nothing of the rank that has it."""
+    garbles = [Garble("trade", 1, 1, bit=0)]
+    codes, reports = train(home / "beside", garbles=garbles, tolerance_scale=0.001, **WHOLE)
+    assert (codes, end(reports)) == ([0, 0, 0], whole)
+    assert len(kinds(reports, "garbled")) == 1
+    assert {entry["rank"] for entry in kinds(reports, "gate_alarm") if entry["step"] == 1} >= {1}
+    assert {ruling["verdict"] for ruling in kinds(reports, "replay_result")} == {"FALSE_ALARM"}
+
+
 def test_a_wrong_update_is_held_and_the_majority_says_whose(home: Path, whole: str) -> None:
     """An element of a parameter, by one low bit, on one of three ranks."""
     garbles = [Garble("adamw", 2, 2, call=3, element=77, bit=3), Garble("adamw", 0, 4, element=9, bit=0)]

@@ -174,9 +174,9 @@ def test_a_check_that_alarmed_once_is_upheld_by_the_bits_that_all_computed(
 ) -> None:
     """Control: where this machine computes others, it upholds nothing."""
     digest = votes[1].digest if same else WRONG
-    ballots = [
-        replace(vote, digest=digest, alarm=vote.role == "original", exact=vote.role == "original") for vote in votes
-    ]
+    raised = {"original": frozenset({"gemm at head (mm, fprop)"})}
+    ballots = [replace(vote, digest=digest, alarmed=raised.get(vote.role, frozenset())) for vote in votes]
+    ballots = [replace(vote, alarm=bool(vote.alarmed)) for vote in ballots]
     left = bundle(f"once-{same}", ballots)
     code, document = run(capsys, home / f"once-{same}" / "job" / left.name)
     assert (document["verdict"], document["blamed_device"]) == ("CORRUPT", "cpu-n1")
