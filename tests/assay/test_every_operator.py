@@ -44,6 +44,10 @@ def made(op: Any, sample: Any) -> list[Tensor]:
     return [t.detach() for t in (*results, *gradients, *leaves)] + [torch.get_rng_state()]
 
 
+#: By `gelsy` torch's own bits depend on where its memory lies: they differ from themselves now and then.
+UNSTEADY = frozenset({"linalg.lstsq", "linalg.lstsq.grad_oriented"})
+
+
 def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
@@ -82,7 +86,7 @@ def differences(op: Any, dtype: torch.dtype, guarded: Callable[[], list[Tensor]]
                 seen = made(op, sample) if guarded is None else guarded()
         except assay.NothingToCheck:
             pass
-        if repeats and not equal(plain, seen):
+        if repeats and named(op) not in UNSTEADY and not equal(plain, seen):
             found.append(f"{number}: other bits")
         if not step.clean and (repeats and finite(plain)):
             found.append(f"{number}: {step.alarms[:2]}")
