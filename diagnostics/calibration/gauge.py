@@ -11,28 +11,14 @@ from torch import Tensor
 
 from diagnostics.calibration.rules import DTYPES, RULES, Constant
 from diagnostics.sensors.announced import Announced, inside_announced
-from diagnostics.sensors.checks import (
-    attention,
-    attention_backward,
-    gemm,
-    grouped,
-    losses,
-    norms,
-    recompute,
-    router,
-    softmax,
-    sums,
-)
+from diagnostics.sensors.checks import gemm, recompute
 from diagnostics.sensors.checks.operand import Operand, Operands
 from diagnostics.sensors.checks.operation import Call, Checked, Unsupported
+from diagnostics.sensors.checks.registry import plan_of
 from diagnostics.sensors.checks.signs import Signs
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance
 from diagnostics.sensors.watch import Eyes, Keeper
-
-_SENSORS = (gemm, grouped, attention, attention_backward, softmax, losses, norms, router, sums)
-_CHECKS = {packet: check for sensor in _SENSORS for packet, check in sensor.CHECKS.items()}
-_BEFORE = {packet: keep for sensor in _SENSORS for packet, keep in sensor.BEFORE.items()}
 
 # Results that another constant decides than the first that their check asks for, if it asks for this one too.
 _DECIDES = {"lse": "sdpa_exp", "dw": "norm_weight", "db": "norm_weight"}
@@ -87,14 +73,16 @@ class Gauge:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `watch.Step`: operators that have an identity are read."""
-        check, keep, before = _CHECKS.get(func.overloadpacket), _BEFORE.get(func.overloadpacket), None
-        if check is None or inside_announced():
+        plan, before = plan_of(func), None
+        if plan is None or plan.check is None or plan.again or inside_announced():
             return func(*args, **kwargs)
-        if keep is not None:
+        if plan.before is not None:
             with quiet():
-                before = keep(args, kwargs, self)
+                before = plan.before(args, kwargs, self)
         out = func(*args, **kwargs)
-        call, judge = Call(func, args, kwargs, out, before), check
+        if isinstance(before, recompute.Overwritten):
+            return out  # nothing is left for an identity to read
+        call, judge = Call(func, args, kwargs, out, before), plan.check
         self.read(_values(func, out), lambda: judge(call, self))
         return out
 

@@ -27,7 +27,6 @@ from diagnostics.sensors.observed import Observed
 from diagnostics.sensors.outlay import seconds_an_operator
 from diagnostics.sensors.places import UNNAMED, Place
 from diagnostics.sensors.quiet import quiet
-from diagnostics.sensors.readings import Site
 from diagnostics.sensors.regions import follow
 from diagnostics.sensors.sampling import NOT_DRAWN
 from diagnostics.sensors.saved import Saved
@@ -120,17 +119,14 @@ class GuardedStep:
         readings = parameter_readings(self._guard.parameters(), self._guard.device)
         if not readings.is_cuda and not bool(readings.isnan().any()):
             return
-        site = Site(FINITE, "<parameters>", "value", "step", tuple(readings.shape))
-        self._guard.log.append(site, readings)
-        self._inspection.account.asked += len(readings) > 0
+        one = Checked(FINITE, "out", readings, tuple(readings.shape))
+        self._inspection.account.asked += len(readings) > 0 and self._keep("<parameters>", "value", one)
 
     def _look_back(self, upkeep: Upkeep) -> None:
         """What the optimizer did since the last step, and whether the state is still what it wrote."""
-        for site in upkeep.found():
-            if self._guard.widening.is_muted(site.sensor, site.module, site.operation, site.pass_):
-                self._inspection.account.skip_count(MUTED)
-            else:
-                self._guard.log.append(site, torch.full((1,), math.inf))
+        for wrong in upkeep.found():
+            one = Checked(wrong.sensor, "out", torch.full((1,), math.inf), wrong.shape, exact=True)
+            self._keep(wrong.name, wrong.what, one)
         for operation, checked, reason in upkeep.looked():
             self._guard.account.count("<optimizer>", operation, "step", checked, reason)
 
@@ -266,7 +262,7 @@ class GuardedStep:
 
         def read() -> None:
             values = tensor.detach()
-            self._keep(name, Checked(FINITE, "out", strays(values), tuple(tensor.shape)))
+            self._keep(name, "value", Checked(FINITE, "out", strays(values), tuple(tensor.shape)))
 
         with quiet():
             self._inspection.tried(FINITE, read)
@@ -283,15 +279,17 @@ class GuardedStep:
 
         def read() -> None:
             reading = (tensor.detach() != value).any().float().mul_(PER_DIFFERENCE)
-            self._keep(name, Checked(KEPT, "out", reading.reshape(1), tuple(tensor.shape), exact=True))
+            self._keep(name, "value", Checked(KEPT, "out", reading.reshape(1), tuple(tensor.shape), exact=True))
 
         with quiet():
             self._inspection.tried(KEPT, read)
 
-    def _keep(self, name: str, one: Checked) -> None:
-        """A reading of something that the step was given."""
-        if not self._inspection.account.keep(Place(name, "step"), "value", one):
+    def _keep(self, name: str, what: str, one: Checked) -> bool:
+        """A reading of something that no operator of the step made. False if its check is muted."""
+        kept = self._inspection.account.keep(Place(name, "step"), what, one)
+        if not kept:
             self._inspection.account.skip_count(MUTED)
+        return kept
 
     def settle(self) -> Seen:
         """Read the device and keep what was seen; nothing more can be given to this step."""

@@ -35,7 +35,6 @@ from torch.optim import Optimizer
 from diagnostics.sensors.coverage import broken
 from diagnostics.sensors.digest import Stamp, differ, stamp
 from diagnostics.sensors.multilinear import splitmix64
-from diagnostics.sensors.readings import Site
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
 from diagnostics.sensors.twin import Randomness, Twin, is_torchs
 
@@ -57,6 +56,15 @@ class Looked(NamedTuple):
     reason: str = ""
 
 
+class Wrong(NamedTuple):
+    """One tensor that was found wrong; what: "digest", or the class of the optimizer whose update differs."""
+
+    sensor: str
+    name: str
+    what: str
+    shape: tuple[int, ...]
+
+
 class Upkeep:
     """What is known of the optimizer's state, and what has been found wrong since the last guarded step began.
 
@@ -75,7 +83,7 @@ class Upkeep:
         self._repeated = self._missed = 0  # updates, of an optimizer that is not torch's
         self._not_asked = ""  # why no update is repeated any more
         self._digests: dict[str, Stamp] = {}
-        self._found: list[Site] = []
+        self._found: list[Wrong] = []
         self._looked: list[Looked] = []
         self._seconds = 0.0
         self._last_before = optimizer.register_step_pre_hook(self._before).id
@@ -84,7 +92,7 @@ class Upkeep:
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
         model.register_load_state_dict_post_hook(lambda *_: self.forget())  # type: ignore[no-untyped-call]
 
-    def found(self) -> list[Site]:
+    def found(self) -> list[Wrong]:
         """Where an update or the state at rest was wrong since this was asked last; the state is compared now."""
         begin = time.perf_counter()
         if self._digests:
@@ -102,7 +110,7 @@ class Upkeep:
         for (name, value), differs in zip(known, wrong, strict=True):
             self._looked.append(Looked(AT_REST, True))
             if differs:
-                self._found.append(Site(AT_REST, name, "digest", "step", tuple(value.shape), exact=True))
+                self._found.append(Wrong(AT_REST, name, "digest", tuple(value.shape)))
 
     def looked(self) -> list[Looked]:
         """What was checked since this was asked last, and what was not."""
@@ -227,7 +235,7 @@ class Upkeep:
     def _judge(self, repeated: bool, name: str, original: nn.Parameter) -> None:
         if not repeated:
             kind = type(self._optimizer).__name__
-            self._found.append(Site(UPDATE, name, kind, "step", tuple(original.shape), exact=True))
+            self._found.append(Wrong(UPDATE, name, kind, tuple(original.shape)))
         self._looked.append(Looked("update", True))
 
     def _draws(self, number: int) -> bool:

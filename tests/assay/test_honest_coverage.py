@@ -152,7 +152,7 @@ def test_without_a_tolerance_rows_that_nobody_wrote_are_not_compared(monkeypatch
         (one,) = undecided.made_again(call, bench.StepBench(0, assay.Guard(nn.Linear(2, 2)).table, torch.device("cpu")))
         assert bool((one.readings > 1).any()) is alarm
     guard, model = assay.Guard(Experts()), Experts()
-    monkeypatch.setattr(grouped, "made_again", lambda call: (_ for _ in ()).throw(ZeroDivisionError("asked")))
+    monkeypatch.setattr(grouped, "product_again", lambda call: (_ for _ in ()).throw(ZeroDivisionError("asked")))
     with guard.step() as step:
         model(torch.randn(32, 16))
     assert step.failures == 1  # so that is where it was to be made again

@@ -25,7 +25,7 @@ from diagnostics.sensors.checks.rows import alike, differences, rows_of
 from diagnostics.sensors.tolerance import NORM_FLOOR, Z
 
 
-def made_again(call: Call) -> Checked:
+def product_again(call: Call) -> Checked:
     """The product once more, bit for bit, on a CPU; rows behind the last offset are memory that nobody has written."""
     left, right, offs = _operands(call)
     end = int(offs[-1]) if offs is not None and left.dim() == 2 and right.dim() == 3 else len(call.out)

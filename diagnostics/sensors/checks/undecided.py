@@ -51,7 +51,7 @@ def decided(
 def made_again(call: Call, bench: Bench) -> Iterable[Checked]:
     """The operator once more, bit for bit, whichever it is. Raises Unsupported as `recompute.check` does."""
     is_grouped = call.func.overloadpacket in grouped.CHECKS
-    return [grouped.made_again(call)] if is_grouped else recompute.check_target(call, bench)
+    return [grouped.product_again(call)] if is_grouped else recompute.check_target(call, bench)
 
 
 def _is_clear(call: Call, is_parameter: Callable[[Tensor], bool]) -> bool:
