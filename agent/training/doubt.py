@@ -60,6 +60,7 @@ class Doubt:
                 "digests": {rank: f"{value:016x}" for rank, value in enumerate(digests)},
                 "blamed_rank": wrong[0] if len(wrong) == 1 else -1,
                 "reason": f"step {step} was redone from step {step - 1}; the redo gave {record.digest:016x}",
+                "times": self._times[step],
             },
             urgent=True,
         )

@@ -401,7 +401,7 @@ class AuditResult(_message.Message):
     def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., equal: _Optional[bool] = ..., expected: _Optional[str] = ..., found: _Optional[str] = ...) -> None: ...
 
 class DigestDisagreement(_message.Message):
-    __slots__ = ("job", "generation", "step", "digests", "blamed_rank", "reason")
+    __slots__ = ("job", "generation", "step", "digests", "blamed_rank", "reason", "times")
     class DigestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -415,13 +415,15 @@ class DigestDisagreement(_message.Message):
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     BLAMED_RANK_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     job: str
     generation: int
     step: int
     digests: _containers.ScalarMap[int, str]
     blamed_rank: int
     reason: str
-    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., digests: _Optional[_Mapping[int, str]] = ..., blamed_rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    times: int
+    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., digests: _Optional[_Mapping[int, str]] = ..., blamed_rank: _Optional[int] = ..., reason: _Optional[str] = ..., times: _Optional[int] = ...) -> None: ...
 
 class Resumed(_message.Message):
     __slots__ = ("job", "generation", "rank", "step", "source", "digest", "checkpoint", "parameter_bytes", "expert_bytes", "optimizer_bytes", "replica_bytes")

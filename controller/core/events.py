@@ -204,7 +204,10 @@ class AuditResult(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DigestDisagreement(Event):
-    """Ranks that hold the same shard committed different states at `step`."""
+    """Ranks that hold the same shard committed different states at `step`.
+
+    times: how often the generation has found that of this step, from 1; 0 is the comparison of the step's records.
+    """
 
     job: str
     generation: int
@@ -212,6 +215,7 @@ class DigestDisagreement(Event):
     digests: dict[int, str]
     blamed_rank: int
     reason: str
+    times: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

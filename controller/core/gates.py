@@ -69,14 +69,15 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
     # The gate and the record both compare digests: the first to report them speaks for both.
     known = [gate for gate in job.gates.values() if gate.step == event.step]
     after = [gate for gate in known if change.state.incidents[gate.incident].before_commit is False]
-    if any(gate.rank >= 0 or event.blamed_rank < 0 for gate in after):
+    once_more = event.times > max([1, *(gate.differed for gate in after)])  # a redo was committed wrong as well
+    if not once_more and any(gate.rank >= 0 or event.blamed_rank < 0 for gate in after):
         return
-    if after:  # the record saw it first and could not tell whose state is wrong; the gate's redo can
+    if after and not once_more:  # the record saw it first and could not tell whose state is wrong; the gate's redo can
         gate = _blame_late(change, job, after[0], event.blamed_rank, text)
     else:
         gate = _gate(change, job, event.step, event.blamed_rank, text, before_commit=False)
         change.incident(gate.incident).before_commit = False  # also of one that was held before it was committed
-    _keep(job, replace(gate, attempt=gate.attempt + 1, judged=gate.attempt + 1))
+    _keep(job, replace(gate, attempt=gate.attempt + 1, judged=gate.attempt + 1, differed=event.times))
     verdict = ReplayResult(
         time=event.time,
         node=event.node,

@@ -118,7 +118,7 @@ class Gate:
 
     `attempt` is the newest alarm's, `judged` the newest one with a verdict, `asked` the newest one for which a spare's
     vote was arranged, in the place of `role` ("peer", "third"). `replay` is the outstanding Replay's id, to be answered
-    by `vote_due`.
+    by `vote_due`. `differed` is how often the ranks have said that they committed this step's state otherwise.
     """
 
     step: int
@@ -130,6 +130,7 @@ class Gate:
     role: str = ""
     replay: str = ""
     vote_due: float = 0.0
+    differed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

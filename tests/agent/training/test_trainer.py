@@ -132,7 +132,7 @@ def test_without_sensors_the_next_gate_sees_it_and_goes_back(home: Path) -> None
     """The negative control: one step late, committed already."""
     codes, reports = train(home / "flipped-unguarded", flip=(1, 3, "forward"), sensors=False)
     (found,) = kinds(reports, "digest_disagreement")
-    assert (codes, found["step"], found["blamed_rank"]) == ([0, 0], 3, 1)
+    assert (codes, found["step"], found["blamed_rank"], found["times"]) == ([0, 0], 3, 1, 1)
     redone = {(span["step"], span["attempt"]) for span in kinds(reports, "span") if span["name"] == "redo"}
     assert redone == {(3, 2)}  # verdicts and evidence go by the attempt: none is taken twice
     assert not kinds(reports, "replay_result")

@@ -253,7 +253,8 @@ class Story:
         told = self._replayed(reporter, step, rank, votes, verdict=verdict, blamed=blamed, recurrent=recurrent)
         return self.feed(replace(told, evidence=evidence[0], evidence_note=evidence[1]))
 
-    def disagreement(self, step: int, blamed: int) -> list[Action]:
+    def disagreement(self, step: int, blamed: int, times: int = 0) -> list[Action]:
+        """Of committed states: the records' comparison, or what the ranks found, for how many times."""
         digests = {rank: "bad" if rank == blamed else "good" for rank in range(self.state.jobs[self.job].world)}
         return self.feed(
             events.DigestDisagreement(
@@ -264,6 +265,7 @@ class Story:
                 digests=digests,
                 blamed_rank=blamed,
                 reason="the other ranks agree",
+                times=times,
             )
         )
 
@@ -407,3 +409,17 @@ def drill_of(text: str) -> Drill:
     kind, _, rest = told.partition("@")
     step, _, rank = rest.partition(":")
     return Drill(text, kind, int(step), int(rank or -1), params={more: "true"} if more else {})
+
+
+def trained(policy: Policy | None = None, members: int = 2, spares: int = 1, drills: str = "") -> Story:
+    """A job of `members` ranks that has trained for a while, with `spares` beside it."""
+    story = Story(policy)
+    story.cluster(members, spares, drills=drills)
+    story.now += 20.0
+    return story
+
+
+def started(story: Story) -> list[tuple[int, str]]:
+    """(rank, node) of the newest generation."""
+    job = story.state.jobs["run"]
+    return [(place.rank, place.node) for place in job.placements]

@@ -29,7 +29,7 @@ command = st.one_of(
     st.tuples(st.just("final"), step),
     st.tuples(st.just("alarm"), rank, step, st.integers(1, 3), st.booleans()),
     st.tuples(st.just("verdict"), rank, step, st.sampled_from(VERDICTS), node, st.booleans()),
-    st.tuples(st.just("disagreement"), step, st.integers(-1, MEMBERS - 1)),
+    st.tuples(st.just("disagreement"), step, st.integers(-1, MEMBERS - 1), st.integers(0, 3)),
     st.tuples(st.just("captured"), step),
     st.tuples(st.just("durable"), step, st.sampled_from(["", "other"])),
     st.tuples(st.just("refused"), step, rank),

@@ -1,27 +1,19 @@
-"""Each rule of the decisions beside its negative control: with its threshold switched off, another thing happens."""
+"""Rules for generations, nodes and jobs beside their negative control: a threshold off, another thing happens."""
 
 from dataclasses import replace
 
 import pytest
-from story import Story
+from story import Story, started, trained
 
-from controller.core.actions import AskHuman, PromoteCheckpoint, Quarantine, Replay, StartGeneration, StopGeneration
+from controller.core.actions import AskHuman, PromoteCheckpoint, StartGeneration, StopGeneration
 from controller.core.change import Change
-from controller.core.events import Event, FindingRaised, PolicyChanged, ProbeResult
-from controller.core.incidents import incident_document
+from controller.core.events import Event, PolicyChanged
 from controller.core.machine import decide, wants_final
 from controller.core.nodes import TRANSITIONS, InvalidTransition, enter
 from controller.core.policy import Policy
 from controller.core.state import NodeState, Suspicion
 
 OFF = 1e9  # seconds or counts that are never reached
-
-
-def trained(policy: Policy | None = None, members: int = 2, spares: int = 1, drills: str = "") -> Story:
-    story = Story(policy)
-    story.cluster(members, spares, drills=drills)
-    story.now += 20.0
-    return story
 
 
 def rank_0_killed() -> Event:
@@ -34,12 +26,6 @@ def rank_0_killed() -> Event:
 def recovered(story: Story) -> list[str]:
     """Ids of the incidents that have."""
     return [item.id for item in story.state.incidents.values() if item.recovered_at is not None]
-
-
-def started(story: Story) -> list[tuple[int, str]]:
-    """(rank, node) of the newest generation."""
-    job = story.state.jobs["run"]
-    return [(place.rank, place.node) for place in job.placements]
 
 
 @pytest.mark.parametrize(("wait", "generation"), [(1.0, 1), (0.0, 2)])
@@ -153,71 +139,6 @@ def test_progress_forgives_restarts() -> None:
         story.ready("n1")
     assert story.state.jobs["run"].status == "RUNNING"
     assert len(story.state.incidents) == 10
-
-
-@pytest.mark.parametrize(("steps", "quarantined"), [(100, True), (10, False)])
-def test_a_second_corruption_within_the_window_takes_the_node_out(steps: int, quarantined: bool) -> None:
-    story = trained(Policy(recurrence_steps=steps, quarantine_at=1.0))
-    for step in (12, 30):
-        story.alarm(1, step)
-        story.verdict("CORRUPT", rank=1, step=step, blamed="n1")
-        story.final(step)
-    assert bool(story.of(Quarantine)) == quarantined
-    assert (story.state.jobs["run"].status == "RESTARTING") == quarantined
-
-
-@pytest.mark.parametrize(("line", "quarantined"), [(0.25, True), (1.0, False)])
-def test_suspicion_adds_up_over_any_number_of_steps(line: float, quarantined: bool) -> None:
-    story = trained(Policy(quarantine_at=line, recurrence_steps=1))
-    for step in (5, 15, 35):
-        story.alarm(1, step)
-        story.verdict("CORRUPT", rank=1, step=step, blamed="n1")
-        story.final(step)
-    assert bool(story.of(Quarantine)) == quarantined
-
-
-def test_blame_may_fall_on_the_peer() -> None:
-    story = trained()
-    story.alarm(1, 12)
-    story.verdict("CORRUPT", rank=1, step=12, blamed="n0", recurrent=True)
-    story.result("StopGeneration", "n1")
-    assert started(story) == [(0, "n2"), (1, "n1")]
-    assert story.state.nodes["n0"].state == "QUARANTINED"
-
-
-def test_a_bad_spare_is_taken_out_without_a_restart() -> None:
-    story = trained()
-    story.alarm(1, 12)
-    story.verdict("CORRUPT", rank=1, step=12, blamed="n2", recurrent=True)
-    assert story.state.nodes["n2"].state == "QUARANTINED"
-    assert story.state.jobs["run"].status == "RUNNING"
-
-
-def test_a_verdict_from_outside_the_gang_counts_for_nothing() -> None:
-    story = trained()
-    story.alarm(1, 12)
-    told = story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=True)
-    assert told
-    other = trained()
-    other.alarm(1, 12)
-    assert other.feed(replace(story.fed[-1][0], node="n2")) == []
-
-
-def test_only_the_asked_spares_vote_counts() -> None:
-    story = trained(spares=2)
-    story.alarm(1, 12, third=True)
-    replay = story.of(Replay)[0]
-    assert replay.node == "n2"
-    assert story.voted("n3", 12, 1, replay.id) == []
-    assert len(story.voted("n2", 12, 1, replay.id)) == 2
-    assert story.voted("n2", 12, 1, replay.id) == []
-
-
-@pytest.mark.parametrize(("outcome", "delivered"), [("failed", 2), ("unknown", 2), ("done", 0)])
-def test_a_replay_that_fails_is_given_up_at_once(outcome: str, delivered: int) -> None:
-    story = trained()
-    story.alarm(1, 12, third=True)
-    assert len(story.result("Replay", "n2", outcome)) == delivered
 
 
 def test_a_spare_with_another_fingerprint_does_not_take_a_rank() -> None:
@@ -360,62 +281,6 @@ def test_both_drills_of_one_outage_are_found_and_a_later_one_is_not() -> None:
     assert caught == [(25, True), (39, False)]
 
 
-def test_the_incident_document_has_the_keys_that_people_rely_on() -> None:
-    story = trained(drills="sdc@12:1")
-    story.alarm(1, 12)
-    story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
-    story.final(12)
-    document = incident_document(story.state.incidents["inc-0001"])
-    keys = "id kind job rank injected_step detected_step before_commit verdict votes node device actions"
-    assert list(document) == [*keys.split(), "detect_s", "recovery_s", "resumed_from", "caught", "timeline", "evidence"]
-    assert document["votes"][0].keys() == {"node", "device", "pid", "digest", "role", "number"}
-    assert document["before_commit"] is True
-
-
-@pytest.mark.parametrize("attempt", [1, 2])
-def test_one_corruption_that_reached_two_ranks_is_held_against_its_device_once(attempt: int) -> None:
-    """Of the same attempt; that the redo is corrupted as well is a fault that stayed."""
-    story = trained()
-    story.alarm(0, 12)
-    story.verdict("CORRUPT", rank=0, step=12, blamed="n1")
-    level = dict(story.state.suspicion)
-    story.alarm(1, 12)
-    if attempt == 2:
-        story.verdict("FALSE_ALARM", rank=1, step=12)
-        story.alarm(1, 12, attempt=2)
-    story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
-    assert bool(story.of(Quarantine)) is (attempt == 2)
-    assert (story.state.suspicion == level) is (attempt == 1)
-    assert [incident.verdict for incident in story.state.incidents.values()] == ["CORRUPT", "CORRUPT"]
-
-
-@pytest.mark.parametrize("held", [False, True])
-def test_what_was_committed_wrong_was_not_caught_before_the_commit(held: bool) -> None:
-    """Whether or not the same step had been held before."""
-    story = trained()
-    if held:
-        story.alarm(1, 12)
-        story.verdict("FALSE_ALARM", rank=1, step=12)
-    story.disagreement(12, blamed=1)
-    (incident,) = story.state.incidents.values()
-    assert (incident.verdict, incident.before_commit) == ("CORRUPT", False)
-    story.alarm(1, 12, attempt=3 if held else 2)  # the redo, whose attempts go on
-    story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
-    assert story.of(Quarantine)
-
-
-def test_each_held_attempt_leaves_its_evidence_with_the_incident_or_says_why_not() -> None:
-    story = trained()
-    for attempt, evidence in ((1, ("first", "9 bytes")), (2, ("second", "")), (3, ("", "no room"))):
-        story.alarm(1, 12, attempt=attempt)
-        story.verdict("FALSE_ALARM", rank=1, step=12, evidence=evidence)
-        story.verdict("FALSE_ALARM", rank=1, step=12, evidence=("late", "another rank's word on a judged attempt"))
-    document = incident_document(story.state.incidents["inc-0001"])
-    assert document["evidence"] == ["first", "second"]
-    told = [entry["text"] for entry in document["timeline"] if entry["text"].startswith("evidence")]
-    assert told == ["evidence first: 9 bytes", "evidence second", "evidence is missing: no room"]
-
-
 def test_traces_follow_an_incident_through_its_actions() -> None:
     story = trained()
     story.feed(replace(rank_0_killed(), traceparent="00-aa-bb-01"))
@@ -432,32 +297,6 @@ def test_policy_changes_are_events_and_nonsense_is_left_out() -> None:
     assert story.state.policy == replace(Policy(), cause_wait_s=0.0)
     story.exit(0, "collective", 25)
     assert story.state.jobs["run"].generation == 2
-
-
-def test_a_suspect_stays_one_through_a_new_agent_and_is_cleared_by_time_and_a_probe() -> None:
-    story = trained()
-    story.alarm(1, 12)
-    story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
-    story.hello("n1", new=True)
-    story.ready("n1")
-    assert story.state.nodes["n1"].state == "SUSPECT"
-    probe = ProbeResult(time=0.0, node="n1", probe="gemm", passed=True, value=1.0, unit="", detail="")
-    story.feed(probe)
-    assert story.state.nodes["n1"].state == "SUSPECT"
-    story.now += 30 * 86400.0
-    story.feed(probe)
-    assert story.state.nodes["n1"].state == "HEALTHY"
-
-
-def test_a_fatal_finding_makes_a_suspect() -> None:
-    story = trained()
-    finding = FindingRaised(
-        time=0.0, node="n1", finding="f", check="xid", severity="warning", device="d", confidence=1.0, detail="XID 79"
-    )
-    story.feed(finding)
-    assert story.state.nodes["n1"].state == "HEALTHY"
-    story.feed(replace(finding, severity="fatal"))
-    assert story.state.nodes["n1"].state == "SUSPECT"
 
 
 def test_an_invalid_transition_tells_the_whole_story_and_changes_nothing() -> None:
