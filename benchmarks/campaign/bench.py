@@ -30,6 +30,7 @@ from diagnostics.faults.strike import StepDiffers
 from diagnostics.health import Alarm
 from diagnostics.sensors.digest import digest
 from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.multilinear import chain
 from diagnostics.sensors.quiet import quiet
 
 PRESET = PRESETS["tiny"]
@@ -239,7 +240,7 @@ class Bench:
     def advance(self, state: State, step: int) -> Computed:
         """Train by one clean step, alone, in place; steps count from 1. Commits whatever the sensors say."""
         start = self._start(state, step)
-        computed = self.compute(start, step)
+        computed = self.compute(start, chain(self._seed, step))  # no two runs draw the same weights
         self.commit(start, computed.gradients * WORLD, computed.counts)
         state.words.copy_(self.after.words)
         return computed

@@ -19,6 +19,7 @@ from benchmarks.campaign.verdict import by_votes
 #: Steps of a run: the warm-up (10 steps), in which gradients change most, and what follows.
 STEPS = 120
 QUICK_STEPS = 3
+BOUND = "alarms per 1e6 clean checks, 95 % upper bound"
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def _itself(again: Computed) -> Computed:
     return again
 
 
-def run_blocks(first: int, count: int) -> list[Block]:
-    """Runs number first, first + 1, ..., in all precisions by turns."""
-    return [Block(n, PRECISIONS[n % len(PRECISIONS)], (n,)) for n in range(first, first + count)]
+def run_blocks(first: int, precisions: Iterable[str]) -> list[Block]:
+    """Runs number first, first + 1, ..., one in each of these precisions."""
+    return [Block(n, precision, (n,)) for n, precision in enumerate(precisions, first)]
 
 
 def lost_run(block: Block, index: int) -> dict[str, Any]:
@@ -83,8 +84,12 @@ def lost_run(block: Block, index: int) -> dict[str, Any]:
     raise RuntimeError(f"clean run {index} in {block.place} ended its process twice")
 
 
+def _bound(name: str, checks: int, alarms: int) -> Figure:
+    return Figure(name, 1e6 * wilson(alarms, checks)[1], "alarms", "lower", 1.0, samples=checks)
+
+
 def clean_figures(lines: Iterable[Mapping[str, Any]]) -> Iterator[Figure]:
-    """Alarms by precision, and what their number proves of all checks together."""
+    """Alarms by precision, and what their number proves of each, and of all checks together."""
     found = list(lines)
     for precision in PRECISIONS:
         part = [line for line in found if line["precision"] == precision]
@@ -95,8 +100,8 @@ def clean_figures(lines: Iterable[Mapping[str, Any]]) -> Iterator[Figure]:
             yield Figure(f"alarms, {name}", alarms, "alarms", "lower", 0.0, coverage=coverage, samples=checks)
             largest = max(line["largest"] for line in part)
             yield Figure(f"largest reading, {name}", largest, "tolerances", "lower", coverage=coverage, samples=checks)
+            yield _bound(f"{BOUND}, {precision}", checks, alarms)
     checks, alarms = (sum(line[key] for line in found) for key in ("checks", "alarms"))
-    name = "alarms per 1e6 clean checks, 95 % upper bound"
-    yield Figure(name, 1e6 * wilson(alarms, checks)[1], "alarms", "lower", 1.0, samples=checks)
+    yield _bound(BOUND, checks, alarms)
     verdicts = sum(line["verdicts"] for line in found)
     yield Figure("false verdicts on clean training", verdicts, "verdicts", "lower", 0.0, samples=checks)
