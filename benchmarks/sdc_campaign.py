@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -81,8 +82,14 @@ def compared(found: list[Figure], path: Path) -> Figure:
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """One JSON object a line, by index. The same lines make the same file, compressed or not."""
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+    plain = [{key: _plain(value) for key, value in line.items()} for line in lines]
+    text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in plain).encode()
     path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: it is written as "inf"."""
+    return "inf" if value == math.inf else value
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -105,8 +105,9 @@ def recall(bench: Bench, each: int, tick: Callable[[], None]) -> Iterator[Figure
     """Share of faults seen, by pass and fault; last, what all that must be seen prove together."""
     cases: list[tuple[Kind, int]] = [*ABOVE, *(("bitflip", bit) for bit in BITS[bench.precision])]
     all_seen = all_cast = 0
-    for (fault, bit), op in itertools.product(cases, OPS):
-        seen = sum(bench.is_seen(FaultSpec(None, op, fault, bit, seed)) for seed in range(each))
+    for (number, (fault, bit)), op in itertools.product(enumerate(cases), OPS):
+        seeds = range(number * each, (number + 1) * each)  # no two bits are flipped in the same element
+        seen = sum(bench.is_seen(FaultSpec(None, op, fault, bit, seed)) for seed in seeds)
         tick()
         must = bench.precision != "bf16" or (fault, bit) in ABOVE
         all_seen, all_cast = all_seen + must * seen, all_cast + must * each

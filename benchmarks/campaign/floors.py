@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from diagnostics.faults.bits import integers
 from diagnostics.faults.models import Damage
 from diagnostics.sensors.checks.gemm import ALIKE
 from diagnostics.sensors.checks.registry import plan_of
+from diagnostics.sensors.checks.rounded import TAIL
 from diagnostics.sensors.checks.rows import rounding
-from diagnostics.sensors.checks.signs import LEAST
-from diagnostics.sensors.tolerance import Kappa, ToleranceTable, UnknownTolerance, Z
+from diagnostics.sensors.checks.signs import LEAST, PROBES
+from diagnostics.sensors.tolerance import NORM_FLOOR, Kappa, ToleranceTable, UnknownTolerance, Z
 
 aten = torch.ops.aten
 #: What recall above the floor may miss (docs/campaign.md: at least 99 %).
@@ -32,9 +33,10 @@ MISSED = 0.01
 class Deviation:
     """size: of the worst row's difference, L2, in units of the row's rms element; None if the result holds no numbers.
 
-    floor: of that row in the same units, 0 for a check bit by bit; None if no check publishes one. above: whether the
-    check promises to see the fault: one wrong element of a row when it is above the floor, several when their sum under
-    random signs, about Gaussian, is below it in all rows with a chance of less than MISSED.
+    floor: of that row in the same units, 0 for a check bit by bit; None where none is computed here. above: whether the
+    check promises to see the fault: one wrong element of a row when it is above the floor, several when the chance that
+    their sum under random signs is below it in all rows is less than MISSED. That sum is about Gaussian; of bf16
+    products its mean square over PROBES draws is what counts.
     """
 
     size: float | None
@@ -46,6 +48,7 @@ class Deviation:
 class Struck:
     """An operator and one plane of its result. delta: what was added to it, fp64; infinite where it is not finite.
 
+    func: None of what is hashed, or held against another rank's, where it lies: between operators, and in the update.
     kernels: names under which the table of tolerances may have a product of it.
     """
 
@@ -75,25 +78,41 @@ def deviation(struck: Struck) -> Deviation:
     harm = struck.harm
     limit = _LIMITS.get(getattr(struck.func, "overloadpacket", None), _bit_by_bit)
     if not harm.before.is_floating_point():
-        excess = None if struck.func is None else _bit_by_bit(struck)
+        excess = _bit_by_bit(struck)
         return Deviation(None, None, None) if excess is None else Deviation(None, 0.0, bool((excess > 0).any()))
     before = torch.nan_to_num(harm.before.double(), 0.0, 0.0, 0.0)
     rms = before.square().mean(1).sqrt()
     sizes = torch.linalg.vector_norm(struck.delta, dim=1) / torch.where(rms > 0, rms, 1.0)  # zeros count as of rms 1
-    excess = None if struck.func is None else limit(struck)
+    excess = limit(struck)
     if excess is None:
         return Deviation(_short(sizes.max()), None, None)
     worst = int(excess.argmax())
-    above, size = _promised(excess, harm.changed), float(sizes[worst])
-    floor = (
-        0.0 if torch.isinf(excess[worst]) and limit is _bit_by_bit else size / float(excess[worst]) if size else None
-    )
+    above, size = _promised(excess, harm.changed, _is_energy(struck)), float(sizes[worst])
+    if limit is _bit_by_bit:
+        return Deviation(_short(size), 0.0, above)
+    if not math.isfinite(size):  # the floor is that of the row, whatever stands in it
+        finite = replace(struck, delta=torch.where(torch.isfinite(struck.delta), struck.delta, 1.0))
+        excess = cast(Tensor, limit(finite))
+        sizes = torch.linalg.vector_norm(finite.delta, dim=1) / torch.where(rms > 0, rms, 1.0)
+    floor = float(sizes[worst]) / float(excess[worst]) if excess[worst] > 0 else None
     return Deviation(_short(size), None if floor is None else _short(floor), above)
 
 
-def _promised(excess: Tensor, changed: Tensor) -> bool:
+def _is_energy(struck: Struck) -> bool:
+    """Whether the check reads the mean square of many sums: that of `checks.rounded`."""
+    if _LIMITS.get(getattr(struck.func, "overloadpacket", None)) is not _product:
+        return False
+    return struck.harm.before.dtype == struck.args[-1].dtype == torch.bfloat16
+
+
+def _promised(excess: Tensor, changed: Tensor, energy: bool) -> bool:
     """Whether faults of this size in each row (1 is the floor) are missed with a chance of less than MISSED."""
-    several = torch.erf(1 / (excess.clamp(min=_TINY) * math.sqrt(2)))
+    least = excess.clamp(min=_TINY)
+    if energy:
+        half = torch.tensor(PROBES / 2, dtype=excess.dtype)
+        several = torch.special.gammainc(half, half / least.square().clamp(min=_TINY))
+    else:
+        several = torch.erf(1 / (least * math.sqrt(2)))
     chances = torch.where(excess > 1, torch.where(changed.sum(1) > 1, several, 0.0), 1.0)
     return float(chances.prod()) < MISSED
 
@@ -110,29 +129,44 @@ def delta_of(harm: Damage) -> Tensor:
 
 
 def _product(struck: Struck) -> Tensor | None:
-    """`checks.gemm`: z (kappa_output norm_i + kappa_accumulate (|alpha| ||A_i|| ||W||_F + |beta| ||D_i||)).
-
-    norm_i^2 is ||C_i||^2 and ||A_i||^2 times the mean gain, as the check estimates it; in fp32 ALIKE ||C_i|| is added
-    to the norms that kappa_accumulate is relative to.
-    """
+    """`checks.gemm` in fp32: z kappa_accumulate (|alpha| ||A_i|| ||W||_F + |beta| ||D_i|| + ALIKE ||C_i||)."""
     kappa = struck.kappa(*struck.kernels)
     if kappa is None:
         return None
     plane, before = struck.harm.plane, struck.harm.before.double()
     left, right = (operand[plane].double() for operand in struck.args[-2:])
-    rows = torch.linalg.vector_norm(left, dim=1)
-    noise = rows * torch.linalg.vector_norm(right) * abs(struck.kwargs.get("alpha", 1))
-    beta = abs(struck.kwargs.get("beta", 1))
+    alpha, beta = abs(struck.kwargs.get("alpha", 1)), abs(struck.kwargs.get("beta", 1))
+    if kappa.output:
+        return _rounded_product(struck, kappa, left, right, alpha) if _is_energy(struck) else None
+    noise = alpha * _norms(left) * torch.linalg.vector_norm(right).clamp(min=NORM_FLOOR)
     if len(struck.args) == 3 and beta:
         added = struck.args[0]
         added = added.expand(before.shape) if added.dim() < 3 else added[plane]
         noise = noise + beta * torch.linalg.vector_norm(added.double(), dim=-1)
-    squares = before.square().sum(1)
-    norms = (squares + rows.square() * squares.sum() / rows.square().sum().clamp(min=_TINY)).sqrt()
-    if not kappa.output:
-        noise = noise + ALIKE * squares.sqrt()
-    limits = kappa.accumulate_at(max(right.shape[1], left.shape[1])) * noise + kappa.output * norms
-    return _over(struck.delta, limits if kappa.output else limits / LEAST)
+    noise = noise + ALIKE * torch.minimum(torch.linalg.vector_norm(before, dim=1), noise)
+    return _over(struck.delta, kappa.accumulate_at(max(right.shape[1], left.shape[1])) * noise / LEAST)
+
+
+def _rounded_product(struck: Struck, kappa: Kappa, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """`checks.rounded`, for bf16.
+
+    TAIL kappa_output sqrt(1 + 4 / N) sqrt(||C_i||^2 + ||A_i||^2 max(gain, alpha^2 mean ||W_k||^2)), the mean over rows
+    that are not zero, and z kappa_accumulate |alpha| ||A_i|| ||W||_F.
+    """
+    before, (inner, columns) = struck.harm.before.double(), right.shape
+    squares, rows = before.square().sum(1), left.square().sum(1)
+    gain = squares.sum() / rows.sum().clamp(min=NORM_FLOOR**2)
+    typical = alpha**2 * right.square().sum() / (right != 0).any(1).sum().clamp(min=1)
+    norms = (squares + rows * torch.maximum(gain, typical)).sqrt().clamp(min=NORM_FLOOR)
+    limits = TAIL * kappa.output * (1 + 4 / columns) ** 0.5 * norms
+    terms = alpha * _norms(left) * torch.linalg.vector_norm(right).clamp(min=NORM_FLOOR)
+    return torch.linalg.vector_norm(struck.delta, dim=1) / (
+        limits + Z * kappa.accumulate_at(max(columns, inner)) * terms
+    )
+
+
+def _norms(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=1).clamp(min=NORM_FLOOR)
 
 
 def _softmax(struck: Struck) -> Tensor | None:
@@ -145,7 +179,7 @@ def _softmax(struck: Struck) -> Tensor | None:
         return _over(struck.delta, torch.full((before.shape[0],), spread, dtype=torch.float64))
     right = before.float()
     limits = Z * (rounding(right, before.dtype) / Z + spread * right)
-    return (struck.delta.abs() / limits.double().clamp(min=_TINY)).amax(1)
+    return (struck.delta.abs() / limits.double().clamp(min=NORM_FLOOR)).amax(1)
 
 
 def _softmax_backward(struck: Struck) -> Tensor | None:
@@ -163,9 +197,10 @@ def _softmax_backward(struck: Struck) -> Tensor | None:
 
 
 def _bit_by_bit(struck: Struck) -> Tensor | None:
-    """`sensors.recompute`, where the guard checks the operator that way: infinite where any bit of a row differs."""
-    plan = plan_of(struck.func)
-    if plan is None or not plan.again:
+    """Infinite where any bit of a row differs: `sensors.recompute`, where the guard checks the operator that way; and
+    hashes, and other ranks' copies, of what is struck where it lies."""
+    plan = None if struck.func is None else plan_of(struck.func)
+    if struck.func is not None and (plan is None or not plan.again):
         return None
     differs = (integers(struck.harm.before) != integers(struck.harm.after)).any(1)
     return torch.where(differs, math.inf, 0.0).double()
@@ -174,7 +209,7 @@ def _bit_by_bit(struck: Struck) -> Tensor | None:
 def _over(delta: Tensor, limits: Tensor) -> Tensor:
     """Rows' differences in units of z times these limits."""
     sizes: Tensor = torch.linalg.vector_norm(delta, dim=1)
-    return sizes / (Z * limits).clamp(min=_TINY)
+    return sizes / (Z * limits).clamp(min=NORM_FLOOR)
 
 
 _TINY = torch.finfo(torch.float64).tiny

@@ -17,6 +17,8 @@ Line = Mapping[str, Any]
 TARGETS = {"harmful": 0.999, "above the floor": 0.99, "before commit": 0.99, "attribution": 1.0}
 #: Sensors that look only where a call or a kept tensor is drawn (`again`): all that a guard has without an identity.
 DRAWN = frozenset({"recompute", "moves", "saved"})
+#: Sensors that make a result once more as it was made: a device that repeats its fault repeats it there.
+REPEATING = frozenset({"recompute", "moves"})
 #: Fewer than this in a class say nothing: its interval is wider than 0.2.
 FEWEST = 20
 
@@ -51,8 +53,7 @@ def share(
 ) -> Figure:
     """The share of lines that `hit`, with its interval in `coverage`; unknown where there are no lines.
 
-    A target is met when the share reaches it and its counts suffice: with n of n seen, n must be large enough for the
-    target to lie within what the interval leaves.
+    A target is met when the share reaches it, however few the lines: what they prove says `proven`.
     """
     found = [hit(line) for line in lines]
     if not found:
@@ -76,12 +77,14 @@ def figures(lines: Sequence[Line], audit: float) -> Iterator[Figure]:
         yield share(f"recall, harmful, {precision}", filter(harmful, part), caught)
         yield share(f"recall, unmasked, {precision}", filter(unmasked, part), caught)
         yield share(f"recall, unmasked and above the floor, {precision}", filter(above, part), caught)
+        yield _promised(f", {precision}", part)
     for operation in OPERATIONS:
         part = [line for line in lines if line["operation"] == operation]
         yield from _by_class(f"operation {operation}", part, audit)
         for precision in PRECISIONS:
             alike = [line for line in part if line["precision"] == precision]
             yield share(f"recall, harmful, operation {operation}, {precision}", filter(harmful, alike), caught)
+            yield _promised(f", operation {operation}, {precision}", alike)
     for model in sorted({line["model"] for line in lines}):
         yield from _by_class(f"model {model}", [line for line in lines if line["model"] == model], audit)
 
@@ -103,14 +106,19 @@ def _overall(lines: Sequence[Line]) -> Iterator[Figure]:
     yield share("recall, unmasked", filter(unmasked, lines), caught)
     yield share("recall, unmasked and above the floor", visible, caught, TARGETS["above the floor"])
     yield proven("recall, unmasked and above the floor, 95 % lower bound", visible, caught, TARGETS["above the floor"])
-    promised = [line for line in visible if line["floor"]]
-    yield share("recall, unmasked and above an identity's floor, nothing drawn", promised, by_identity)
+    yield _promised("", lines)
     early = [line for line in seen if harmful(line)]
     yield share("caught before the commit, of harmful that were caught", early, _before, TARGETS["before commit"])
     yield share("device found, of unmasked with a verdict", judged, _right, TARGETS["attribution"])
     replays = max((int(line["replays"]) for line in judged), default=None)
     yield Figure("replays for a verdict, at most", replays, "replays", "lower", 3.0, samples=len(judged))
     yield share("alarms that name the module, of those of the struck operator", filter(_names, seen), _named)
+
+
+def _promised(name: str, lines: Iterable[Line]) -> Figure:
+    """What identities alone see of the faults above their floor."""
+    found = [line for line in lines if above(line) and line["floor"]]
+    return share(f"recall, unmasked and above an identity's floor, nothing drawn{name}", found, by_identity)
 
 
 def _by_class(name: str, lines: Sequence[Line], audit: float) -> Iterator[Figure]:
@@ -134,7 +142,7 @@ def _drawn(bad: Sequence[Line]) -> Figure:
 
 def _independently(line: Line) -> bool:
     """Caught, and if the device repeats its fault, not by having it repeat the operator: that repeats the fault."""
-    return caught(line) and not (line["recurrent"] and line["sensors"] == ["recompute"])
+    return caught(line) and not (line["recurrent"] and line["sensors"] and set(line["sensors"]) <= REPEATING)
 
 
 def _harms_state(line: Line) -> bool:

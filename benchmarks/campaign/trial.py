@@ -221,7 +221,7 @@ class _Trial:
         blow = Blow(drawn.site.operator, drawn.fault, drawn.result)
 
         def seen(_func: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any], harm: Damage) -> None:
-            self._seen(None, (), {}, harm)  # no sensor looks on here: the update has no check, hence no floor
+            self._seen(None, (), {}, harm)  # no sensor looks on here: what comes of it is held against the peer's
 
         return Strike({drawn.site.number: blow}, seen, strict)
 
@@ -247,7 +247,13 @@ class _Trial:
         return by_redo(done.ours, done.peers, point.clean_digest) if done.ours != done.peers else {}
 
     def _again(self) -> Computed | None:
-        """The replay on the suspect's device, if the fault comes back there; None: it gives the clean gradients."""
+        """The replay on the suspect's device, if the fault comes back there; None: it gives the clean gradients.
+
+        What changed in memory stays.
+        """
+        if self._drawn.operation == "state at rest":
+            with self._flipped():
+                return self._bench.compute(self._point.start, self._drawn.index)
         if not self._drawn.recurrent or not self._below():
             return None
         return self._bench.compute(self._point.start, self._drawn.index, self._below())

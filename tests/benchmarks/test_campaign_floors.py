@@ -113,14 +113,43 @@ def test_several_wrong_elements_of_a_row_need_more_to_be_promised() -> None:
     assert missed[100.0] < 12
 
 
-def test_what_is_not_finite_is_above_every_floor() -> None:
-    args = random(8, 8), random(8, 8, seed=1)
+def test_several_wrong_elements_of_a_rounded_row_are_promised_little_above_the_floor() -> None:
+    """The check reads their energy, over 32 draws: with one sum, as in fp32, it would take 80 times the floor."""
+    args = random(8, 32, dtype=torch.bfloat16), random(32, 64, seed=1, dtype=torch.bfloat16)
+    out = args[0] @ args[1]
+    floor = of(aten.mm.default, args, (), out, out + 1).floor * float(out[3].float().square().mean().sqrt())
+    for factor, above, least, most in ((0.5, False, 195, 200), (1.6, True, 0, 2)):
+        bad = out.float()
+        bad[3] += random(64, seed=5) / random(64, seed=5).norm() * floor * factor
+        bad = bad.to(torch.bfloat16)
+        assert of(aten.mm.default, args, (), out, bad).above is above
+        readings = [reading(gemm.CHECKS, aten.mm.default, args, bad, key) for key in range(200)]
+        assert least <= sum(value <= 1 for value in readings) <= most
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_nearly_nothing_have_the_checks_own_least_floor(dtype: torch.dtype) -> None:
+    """Norms are clamped: what is far below them is no fault that is promised to be seen."""
+    args = torch.zeros(8, 8, dtype=dtype), random(8, 8, seed=1, dtype=dtype)
+    out = args[0] @ args[1]
+    for size, above in ((1e-38, False), (1e-10, True)):
+        bad = out.clone()
+        bad[3, 3] = size
+        assert of(aten.mm.default, args, (), out, bad).above is above
+        assert (reading(gemm.CHECKS, aten.mm.default, args, bad, 1) > 1) is above
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_above_every_floor(dtype: torch.dtype) -> None:
+    args = random(8, 8, dtype=dtype), random(8, 8, seed=1, dtype=dtype)
     out = args[0] @ args[1]
     for value in (float("nan"), float("inf")):
         bad = out.clone()
         bad[3, 3] = value
         told = of(aten.mm.default, args, (), out, bad)
         assert (told.size, told.above) == (float("inf"), True)
+        bad[3, 3] = out[3, 3] + 64
+        assert told.floor == pytest.approx(of(aten.mm.default, args, (), out, bad).floor)  # it is the row's
 
 
 def test_masked_scores_are_no_difference() -> None:
@@ -140,7 +169,12 @@ def test_without_a_check_there_is_no_floor() -> None:
     assert told.size > 0
     again = of(aten.celu.default, (out,), (), out, out.nextafter(out + 1))  # run again, and compared bit by bit
     assert (again.floor, again.above) == (0.0, True)
-    assert of(None, (), (), out, out + 1).floor is None
-    assert of(None, (), (), torch.arange(4).view(2, 2), torch.zeros(2, 2, dtype=torch.int64)) == Deviation(
-        None, None, None
-    )
+    assert of(aten.mm.default, (out.half(), out.half()), (), out.half(), out.half() + 1).floor is None  # fp16
+
+
+def test_what_is_hashed_where_it_lies_has_no_floor_to_exceed() -> None:
+    out = random(4, 4)
+    assert (of(None, (), (), out, out.nextafter(out + 1)).floor, of(None, (), (), out, out + 1).above) == (0.0, True)
+    told = of(None, (), (), torch.arange(4).view(2, 2), torch.zeros(2, 2, dtype=torch.int64))
+    assert told == Deviation(None, 0.0, True)
+    assert not of(None, (), (), out, out.clone()).above

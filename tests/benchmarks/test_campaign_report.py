@@ -84,6 +84,19 @@ def test_a_device_that_repeats_its_fault_is_not_found_by_repeating() -> None:
     assert found["recall, harmful, nothing drawn"].value == 2 / 4
     assert found["recall, unmasked and above an identity's floor, nothing drawn"].value == 2 / 4
     assert found["recall, harmful, 0.0625 drawn as in a job, expected"].value == (2 + 2 / 16) / 4
+    moved = [{"sensors": ["moves"]}, {"sensors": ["moves", "recompute"]}, {"sensors": [], "by": "states"}]
+    found = values([line(index, recurrent=True, **one) for index, one in enumerate(moved)])
+    assert found["recall, harmful, recurrent faults not by recomputation alone"].value == 1 / 3
+
+
+def test_what_identities_see_alone_is_said_of_each_precision_and_operation() -> None:
+    seen, drawn = line(0), line(1, precision="fp8", operation="dgrad", sensors=["recompute"])
+    exact = line(2, precision="fp8", floor=0.0, sensors=["recompute"])
+    found = values([seen, drawn, exact])
+    name = "recall, unmasked and above an identity's floor, nothing drawn"
+    assert found[name].value == 1 / 2
+    assert [found[f"{name}, {precision}"].value for precision in PRECISIONS] == [1.0, None, 0.0]
+    assert found[f"{name}, operation dgrad, fp8"].samples == 1
 
 
 @pytest.mark.parametrize("sensors", [["recompute"], ["moves"], ["saved"], ["moves", "saved"]])
@@ -168,6 +181,9 @@ def test_the_record_is_the_same_file_for_the_same_lines(tmp_path: Path) -> None:
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
     text = gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).decode()
     assert [json.loads(kept) for kept in text.splitlines()] == lines
+    sdc_campaign.write_lines(tmp_path / "c.jsonl", [line(0, excess=float("inf"))])
+    told = json.loads((tmp_path / "c.jsonl").read_text(), parse_constant=pytest.fail)  # JSON has no infinity
+    assert float(told["excess"]) == float("inf")
 
 
 def test_struck_operators_are_as_many_as_q_says() -> None:
