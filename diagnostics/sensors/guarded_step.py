@@ -114,6 +114,11 @@ class GuardedStep:
         """Whether the step's block has been entered and not left."""
         return self._entered and not self._left
 
+    @property
+    def device(self) -> torch.device:
+        """Where the readings are kept: where the model is."""
+        return self._guard.device
+
     def _ask_parameters(self) -> None:
         """One that is not finite was wrong before the step, and what it is read with would be excused by it."""
         readings = parameter_readings(self._guard.parameters(), self._guard.device)

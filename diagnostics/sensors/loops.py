@@ -1,8 +1,8 @@
 """Guards steps inside other libraries' training loops: Hugging Face's Trainer and Lightning.
 
 Either way a guarded step begins before the forward of the first micro-batch and ends right before the optimizer's step.
-If it is not clean its gradients are dropped, so that the optimizer, which passes parameters without a gradient over,
-commits nothing of it; the loop goes on with the next batch.
+If it is not clean, on any rank of torch.distributed's, its gradients are dropped on all, so that the optimizer, which
+passes parameters without a gradient over, commits nothing of it; the loop goes on with the next batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from diagnostics.sensors.agreement import agree
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.guarded_step import GuardedStep
 
@@ -46,17 +47,21 @@ class GuardedLoop:
             self._step = self.guard.step().__enter__()
 
     def settle(self, optimizer: Optimizer) -> None:
-        """The optimizer is about to step: it does so with clean gradients or with none."""
+        """The optimizer is about to step: it does so with gradients that are clean on every rank, or with none."""
         step, self._step = self._step, None
         if step is None:
             return
         step.__exit__(None, None, None)
-        if step.clean:
+        dirty = agree(step).dirty
+        if dirty is None:
             return
         self.dropped += 1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+        if step.clean:
+            _log.warning("step not committed: it alarmed on rank %d, not on this one", dirty)
+            return
         _log.warning("step not committed, %d alarms, the first: %s", len(step.alarms), step.alarms[0])
         if self._on_alarm is not None:
             self._on_alarm(step)
@@ -72,7 +77,7 @@ class TrainerCallback(GuardedLoop):
     """For Hugging Face's Trainer: `Trainer(..., callbacks=[assay.TrainerCallback()])`.
 
     Args:
-        on_alarm: called with the step when one is not clean, after its gradients were dropped.
+        on_alarm: called with the step where it alarmed, after its gradients were dropped; not on other ranks.
         options: of the guard, e.g. budget=0.01; a wrong one raises when training begins.
     """
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import assay
+from diagnostics.sensors import loops
+from diagnostics.sensors.agreement import Agreement
 
 STEPS = 4
 
@@ -137,6 +139,23 @@ def test_a_corrupted_step_is_not_committed(loop: str, tmp_path: Path) -> None:
     clean = run(tmp_path, [], None)
     assert any(not torch.equal(a, b) for a, b in zip(unguarded, clean, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(unguarded, guarded, strict=True))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_step_that_alarmed_on_another_rank_is_not_committed(
+    loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ranks' agreement is put in its place; `test_ranks_agree.py` has real ones."""
+    monkeypatch.setattr(loops, "agree", lambda _: Agreement(3))
+    run, make = LOOPS[loop]
+    told: list[assay.GuardedStep] = []
+    callback = make(on_alarm=told.append)
+    weights = run(tmp_path, [callback], None)
+    assert all(torch.equal(a, b) for a, b in zip(weights, llama().parameters(), strict=True))
+    assert callback.dropped == STEPS
+    assert told == []
+    lines = [record.getMessage() for record in caplog.records if record.name == "assay"]
+    assert lines == ["step not committed: it alarmed on rank 3, not on this one"] * STEPS
 
 
 def test_options_reach_the_guard(tmp_path: Path) -> None:
