@@ -17,9 +17,13 @@ _log = logging.getLogger("assay")
 
 
 class Agreement(NamedTuple):
-    """dirty: the first rank on which the step is not clean; None where it is clean on all."""
+    """dirty: the first rank on which the step is not clean; corrupted: the first whose state itself was found wrong.
+
+    None where there is none.
+    """
 
     dirty: int | None
+    corrupted: int | None
 
 
 def clean_everywhere(step: GuardedStep, group: dist.ProcessGroup | None = None) -> bool:
@@ -40,13 +44,14 @@ def clean_everywhere(step: GuardedStep, group: dist.ProcessGroup | None = None) 
 
 def agree(step: GuardedStep, group: dist.ProcessGroup | None = None) -> Agreement:
     """One collective of the group, a maximum, in which every rank must take part. Ranks are those of the world."""
-    dirty = not step.clean
+    dirty, corrupted = not step.clean, step.corrupted
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) < 2:
-        return Agreement(0 if dirty else None)
+        return Agreement(0 if dirty else None, 0 if corrupted else None)
     ranks = dist.get_process_group_ranks(group)
     first = len(ranks) - dist.get_rank(group)  # the first rank's is the largest
     with quiet():
-        found = torch.tensor([dirty * first], dtype=torch.int32, device=_device(step.device, group))
+        mine = [dirty * first, corrupted * first]
+        found = torch.tensor(mine, dtype=torch.int32, device=_device(step.device, group))
         dist.all_reduce(found, dist.ReduceOp.MAX, group)
         return Agreement(*(ranks[-value] if value else None for value in found.tolist()))
 

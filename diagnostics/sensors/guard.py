@@ -33,7 +33,8 @@ class Guard:
     Args:
         model: the module.
         optimizer: what updates it. With it one parameter's update a step is repeated and compared, and parameters and
-            moments must be, when the next guarded step begins, what the update left: else that step has an alarm.
+            moments must be, when the next guarded step begins, what the update left: else that step has an alarm, and
+            so has every later one until the state is put right (see `forget`).
         budget: the checks' share of a step's other time, e.g. 0.01, those of the optimizer and the watching of every
             operator included; calls, updates and tensors at rest are sampled to keep it. None: no limit.
         again: share of the calls of operators without an identity (element-wise work, moves), and of thin ones beside
@@ -119,9 +120,11 @@ class Guard:
         return self.account.rows()
 
     def forget(self) -> None:
-        """Parameters were changed on purpose outside the optimizer: what was known of the state at rest is dropped.
+        """The state is as it should be: parameters were changed on purpose outside the optimizer, or put right.
 
-        Loading a state dict into the model or the optimizer does this by itself.
+        What was known of it at rest is dropped, and so are the alarms "at rest" and "optimizer" of the steps so far,
+        which every step repeats until then. Loading a state dict does this by itself: into the model for parameters,
+        into the optimizer for moments; after a wrong update it takes both.
         """
         if self.upkeep is not None:
             self.upkeep.forget()

@@ -31,7 +31,7 @@ from diagnostics.sensors.regions import follow
 from diagnostics.sensors.sampling import NOT_DRAWN
 from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import Comparison, Statistic
-from diagnostics.sensors.upkeep import Upkeep
+from diagnostics.sensors.upkeep import CORRUPTED, Upkeep
 from diagnostics.sensors.watch import Eyes, Keeper
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class GuardedStep:
         self._inspection.account.asked += len(readings) > 0 and self._keep("<parameters>", "value", one)
 
     def _look_back(self, upkeep: Upkeep) -> None:
-        """What the optimizer did since the last step, and whether the state is still what it wrote."""
+        """Where the optimizer was wrong, or the state is not what it wrote; also what earlier steps said of both."""
         for wrong in upkeep.found():
             one = Checked(wrong.sensor, "out", torch.full((1,), math.inf), wrong.shape, exact=True)
             self._keep(wrong.name, wrong.what, one)
@@ -204,6 +204,14 @@ class GuardedStep:
     def alarms(self) -> list[Alarm]:
         """Every alarm, in the order the checks were made."""
         return self._seen().alarms
+
+    @property
+    def corrupted(self) -> bool:
+        """Whether parameters or moments were wrong before the step began: dropping it does not help.
+
+        Every later step says so until they are put right, see `Guard.forget`.
+        """
+        return any(alarm.sensor in CORRUPTED for alarm in self.alarms)
 
     @property
     def evidence(self) -> list[Statistic]:

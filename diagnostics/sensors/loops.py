@@ -2,7 +2,8 @@
 
 Either way a guarded step begins before the forward of the first micro-batch and ends right before the optimizer's step.
 If it is not clean, on any rank of torch.distributed's, its gradients are dropped on all, so that the optimizer, which
-passes parameters without a gradient over, commits nothing of it; the loop goes on with the next batch.
+passes parameters without a gradient over, commits nothing of it; the loop goes on with the next batch. Unless the state
+itself is wrong, on any rank: no dropped step repairs that, so training stops on all, and no checkpoint is written.
 """
 
 from __future__ import annotations
@@ -18,20 +19,36 @@ from torch.optim import Optimizer
 from diagnostics.sensors.agreement import agree
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.guarded_step import GuardedStep
+from diagnostics.sensors.upkeep import CORRUPTED
 
 _log = logging.getLogger("assay")
 
 _SEVERAL = "several optimizers: of each batch only what runs before the first one's step is guarded"
 
+_CORRUPTED = (
+    "the state itself is corrupted: %s. Dropping steps does not repair it: training stops, and nothing more is saved. "
+    "Restore a checkpoint from before the last update, on another device if it happens again. If somebody wrote there "
+    "on purpose, call guard.forget() of this callback after each such write"
+)
+_NOT_SAVED = (
+    "not saved: the state itself is corrupted, as logged before. Restore a checkpoint from before the last update; or "
+    "call guard.forget() of Assay's callback if somebody wrote to parameters or moments on purpose"
+)
+
 OnAlarm = Callable[[GuardedStep], None]
 
 
 class GuardedLoop:
-    """The part that both have in common. `guard` is made when training begins; `dropped` counts steps not committed."""
+    """The part that both have in common.
+
+    `guard` is made when training begins, `dropped` counts steps not committed, and `corrupted` says whether the last
+    one was so because the state itself was wrong, on any rank.
+    """
 
     def __init__(self, on_alarm: OnAlarm | None, options: dict[str, Any]) -> None:
         self.guard: Guard | None = None
         self.dropped = 0
+        self.corrupted = False
         self._on_alarm = on_alarm
         self._options = options
         self._step: GuardedStep | None = None
@@ -39,6 +56,7 @@ class GuardedLoop:
     def start(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Training begins, perhaps anew, after a step that was cut short by an error."""
         self.stop()
+        self.corrupted = False
         self.guard = Guard(model, optimizer, **self._options)
 
     def begin(self) -> None:
@@ -52,13 +70,16 @@ class GuardedLoop:
         if step is None:
             return
         step.__exit__(None, None, None)
-        dirty = agree(step).dirty
+        dirty, corrupted = agree(step)
+        self.corrupted = corrupted is not None
         if dirty is None:
             return
         self.dropped += 1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+        if corrupted is not None:
+            _log.critical(_CORRUPTED, _first_wrong(step) if step.corrupted else f"on rank {corrupted}, not on this one")
         if step.clean:
             _log.warning("step not committed: it alarmed on rank %d, not on this one", dirty)
             return
@@ -71,6 +92,11 @@ class GuardedLoop:
         step, self._step = self._step, None
         if step is not None:
             step.abandon()
+
+
+def _first_wrong(step: GuardedStep) -> str:
+    wrong = [alarm for alarm in step.alarms if alarm.sensor in CORRUPTED]
+    return f"{wrong[0].module} first ({wrong[0].sensor}), {len(wrong)} in all"
 
 
 class TrainerCallback(GuardedLoop):
@@ -102,6 +128,17 @@ class TrainerCallback(GuardedLoop):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """After the gradients of all micro-batches were added up and clipped."""
         self.settle(given["optimizer"])
+        if self.corrupted:
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The library's own callback has decided whether to save; nothing is saved of a state that is wrong."""
+        if self.corrupted:
+            control.should_save = control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The same where it saves by epochs."""
+        self.on_step_end(args, state, control, **given)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The last step may have been cut short."""
@@ -113,7 +150,8 @@ def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
 
     Its updates run forward and backward as a closure, so `optimizer` checks are left out; the state at rest is watched.
     With several optimizers (manual optimization) only what a batch runs before the first of them steps is guarded,
-    which coverage says, and nothing is watched at rest.
+    which coverage says, and nothing is watched at rest. Saving a state that was found wrong, but for its weights alone,
+    raises RuntimeError.
     Raises ModuleNotFoundError when neither `lightning` nor `pytorch_lightning` is installed.
     """
     loop = GuardedLoop(on_alarm, options)
@@ -129,6 +167,10 @@ def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
         def dropped(self) -> int:
             return loop.dropped
 
+        @property
+        def corrupted(self) -> bool:
+            return loop.corrupted
+
         def on_train_start(self, trainer: Any, module: Any) -> None:
             loop.start(module, trainer.optimizers[0] if len(trainer.optimizers) == 1 else None)
             if loop.guard is not None and len(trainer.optimizers) > 1:
@@ -139,6 +181,12 @@ def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
             loop.settle(optimizer)
+            if loop.corrupted:
+                trainer.should_stop = True
+
+        def on_save_checkpoint(self, *_: Any) -> None:
+            if loop.corrupted:
+                raise RuntimeError(_NOT_SAVED)
 
         def on_train_end(self, *_: Any) -> None:
             loop.stop()

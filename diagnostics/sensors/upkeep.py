@@ -9,8 +9,14 @@ their next use.
 That each parameter is updated by itself is known of torch's own classes. Any other must show it: its alarms count once
 EARNED updates in a row, from the first, have been repeated. One of which two updates could not be repeated (it clips by
 a norm over all parameters, or keeps something elsewhere), or that draws random numbers, is not asked again, and
-coverage says so. Updates are copied after all other hooks before the step and compared before all others after it, and
-what is at rest is hashed after those: our hooks go to the ends whenever a guarded step begins.
+coverage says so.
+
+Found wrong, a tensor stays wrong: every later step alarms for it until good values are loaded (a parameter's into the
+model, a moment's into the optimizer, after a wrong update both), or somebody says `forget`. No later update repairs it,
+and dropping a step's gradients does not either.
+
+Updates are copied after all other hooks before the step and compared before all others after it, and what is at rest is
+hashed after those: our hooks go to the ends whenever a guarded step begins.
 
 Exact: bits are compared, and an alarm reads infinity.
 Does not see: a defect that repeats on the same device (the copy is updated there too); an update of a parameter that
@@ -40,12 +46,16 @@ from diagnostics.sensors.twin import Randomness, Twin, is_torchs
 
 AT_REST = "at rest"
 UPDATE = "optimizer"
+CORRUPTED = (AT_REST, UPDATE)  # sensors of the state itself
 EARNED = 8  # updates: a norm that clips, or a projection, shows at the start of a training more than later
 
 CLOSURE = "a closure runs the model again: nothing is copied before"
 ARGUMENTS = "its step is given more than a closure"
 DRAWS = "its step draws random numbers, which the update of one parameter alone does not draw again"
 NOT_BY_ITSELF = "its update of a parameter cannot be repeated from that parameter alone"
+
+
+_PARAMETERS, _MOMENTS = "parameters", "moments"
 
 
 class Looked(NamedTuple):
@@ -66,7 +76,7 @@ class Wrong(NamedTuple):
 
 
 class Upkeep:
-    """What is known of the optimizer's state, and what has been found wrong since the last guarded step began.
+    """What is known of the optimizer's state, and what has been found wrong in it and not been put right.
 
     The sampler draws whether an update is repeated, and which tensors are hashed, by the number of the update. A check
     that fails itself does not stop the optimizer: it is counted in `failures`, and said in `looked`.
@@ -83,34 +93,36 @@ class Upkeep:
         self._repeated = self._missed = 0  # updates, of an optimizer that is not torch's
         self._not_asked = ""  # why no update is repeated any more
         self._digests: dict[str, Stamp] = {}
-        self._found: list[Wrong] = []
+        self._found: dict[Wrong, set[str]] = {}  # not told yet; by what must be loaded until it is right again
+        self._told: dict[Wrong, set[str]] = {}
         self._looked: list[Looked] = []
         self._seconds = 0.0
         self._last_before = optimizer.register_step_pre_hook(self._before).id
         self._first_after = optimizer.register_step_post_hook(self._after).id
         self._last_after = optimizer.register_step_post_hook(self._end).id
-        optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
-        model.register_load_state_dict_post_hook(lambda *_: self.forget())  # type: ignore[no-untyped-call]
+        optimizer.register_load_state_dict_post_hook(lambda _: self._loaded(_MOMENTS))
+        model.register_load_state_dict_post_hook(lambda *_: self._loaded(_PARAMETERS))  # type: ignore[no-untyped-call]
 
     def found(self) -> list[Wrong]:
-        """Where an update or the state at rest was wrong since this was asked last; the state is compared now."""
+        """Where an update or the state at rest was wrong, and still is as far as is known; it is compared now."""
         begin = time.perf_counter()
         if self._digests:
             self._tried(AT_REST, self._compare)
-        found, self._found = self._found, []
+        self._told.update(self._found)
+        self._found = {}
         self._digests = {}
         self._inside, self._copied = 0, None  # of a step that failed
         self._to_the_ends()
         self._seconds += time.perf_counter() - begin
-        return found
+        return list(self._told)
 
     def _compare(self) -> None:
-        known = [(name, value) for name, value in self._state() if name in self._digests]
-        wrong = differ([(self._digests[name], stamp(value)) for name, value in known])
-        for (name, value), differs in zip(known, wrong, strict=True):
+        known = [each for each in self._state() if each[0] in self._digests]
+        wrong = differ([(self._digests[name], stamp(value)) for name, _, value in known])
+        for (name, part, value), differs in zip(known, wrong, strict=True):
             self._looked.append(Looked(AT_REST, True))
             if differs:
-                self._found.append(Wrong(AT_REST, name, "digest", tuple(value.shape)))
+                self._found[Wrong(AT_REST, name, "digest", tuple(value.shape))] = {part}
 
     def looked(self) -> list[Looked]:
         """What was checked since this was asked last, and what was not."""
@@ -123,8 +135,18 @@ class Upkeep:
         return seconds
 
     def forget(self) -> None:
-        """The state was changed on purpose, e.g. loaded: nothing is compared until the next update."""
+        """The state is as it should be, whoever changed it: nothing is compared until the next update."""
         self._digests.clear()
+        self._told.clear()
+
+    def _loaded(self, part: str) -> None:
+        """Parameters or moments are good again, and nothing is compared until the next update."""
+        self._digests.clear()
+        for wrong in (self._found, self._told):
+            for each, parts in list(wrong.items()):
+                parts.discard(part)
+                if not parts:
+                    del wrong[each]
 
     def _to_the_ends(self) -> None:
         """Of the hooks that others registered meanwhile."""
@@ -193,7 +215,7 @@ class Upkeep:
         self._seconds += time.perf_counter() - begin
 
     def _hash(self) -> None:
-        for number, (name, value) in enumerate(self._state(), start=1):
+        for number, (name, _, value) in enumerate(self._state(), start=1):
             unlike = _unlike(value)
             if unlike is None and self._draws(number):
                 self._digests[name] = stamp(value)
@@ -234,22 +256,24 @@ class Upkeep:
 
     def _judge(self, repeated: bool, name: str, original: nn.Parameter) -> None:
         if not repeated:
-            kind = type(self._optimizer).__name__
-            self._found.append(Wrong(UPDATE, name, kind, tuple(original.shape)))
+            moments = any(isinstance(value, Tensor) for value in self._optimizer.state.get(original, {}).values())
+            wrong = Wrong(UPDATE, name, type(self._optimizer).__name__, tuple(original.shape))
+            self._found[wrong] = {_PARAMETERS, _MOMENTS} if moments else {_PARAMETERS}
         self._looked.append(Looked("update", True))
 
     def _draws(self, number: int) -> bool:
         """Numbers are those of this update; its key is mixed, or it would draw as the step with that key does."""
         return self._sampler.draws(splitmix64(self._steps), number)
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
+    def _state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Every tensor at rest, with its name and what it is one of."""
         for group in self._optimizer.param_groups:
             for p in group["params"]:
                 name = self._names.get(id(p), f"<parameter {id(p):x}>")
-                yield name, p.detach()
+                yield name, _PARAMETERS, p.detach()
                 for key, value in self._optimizer.state.get(p, {}).items():
                     if isinstance(value, Tensor):
-                        yield f"{name}.{key}", value
+                        yield f"{name}.{key}", _MOMENTS, value
 
 
 class _Copied(NamedTuple):

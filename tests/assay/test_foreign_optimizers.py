@@ -163,6 +163,7 @@ def test_a_class_that_is_not_torchs_earns_its_alarms(after: int) -> None:
     with WrongAdd():
         job.optimizer.step()
     assert job.look() == (["optimizer"] if after >= EARNED else [])
+    job.guard.forget()
     assert job.steps(3) == []
     assert (job.row().reason == NOT_BY_ITSELF) is (after < EARNED)
     job.look()

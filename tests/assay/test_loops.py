@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ class Samples(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def by_trainer(folder: Path, callbacks: list[Any], around: Callable[[], Any] | None) -> list[Tensor]:
+def by_trainer(
+    folder: Path, callbacks: list[Any], around: Callable[[], Any] | None, save: bool = False
+) -> list[Tensor]:
     model: Any = llama()
     if around is not None:
         model.forward = _corrupted(model.forward, around)
@@ -49,7 +52,8 @@ def by_trainer(folder: Path, callbacks: list[Any], around: Callable[[], Any] | N
         per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
         report_to=[],
-        save_strategy="no",
+        save_strategy="steps" if save else "no",
+        save_steps=1,
         use_cpu=True,
         disable_tqdm=True,
     )
@@ -57,7 +61,9 @@ def by_trainer(folder: Path, callbacks: list[Any], around: Callable[[], Any] | N
     return [p.detach().clone() for p in model.parameters()]
 
 
-def by_lightning(folder: Path, callbacks: list[Any], around: Callable[[], Any] | None) -> list[Tensor]:
+def by_lightning(
+    folder: Path, callbacks: list[Any], around: Callable[[], Any] | None, save: bool = False
+) -> list[Tensor]:
     class Module(pytorch_lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
@@ -78,13 +84,14 @@ def by_lightning(folder: Path, callbacks: list[Any], around: Callable[[], Any] |
         accumulate_grad_batches=2,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=save,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
         default_root_dir=str(folder),
     )
     trainer.fit(module, DataLoader(Samples(), batch_size=1))
+    assert trainer.global_step == STEPS or trainer.should_stop
     return [p.detach().clone() for p in module.parameters()]
 
 
@@ -146,7 +153,7 @@ def test_a_step_that_alarmed_on_another_rank_is_not_committed(
     loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The ranks' agreement is put in its place; `test_ranks_agree.py` has real ones."""
-    monkeypatch.setattr(loops, "agree", lambda _: Agreement(3))
+    monkeypatch.setattr(loops, "agree", lambda _: Agreement(3, None))
     run, make = LOOPS[loop]
     told: list[assay.GuardedStep] = []
     callback = make(on_alarm=told.append)
@@ -156,6 +163,90 @@ def test_a_step_that_alarmed_on_another_rank_is_not_committed(
     assert told == []
     lines = [record.getMessage() for record in caplog.records if record.name == "assay"]
     assert lines == ["step not committed: it alarmed on rank 3, not on this one"] * STEPS
+
+
+def flip(model: nn.Module) -> None:
+    """The lowest bit of one weight."""
+    weight = next(p for p in model.parameters() if p.dim() == 2)
+    weight.data.view(torch.int32)[0, 0] ^= 1
+
+
+class FlipsForTrainer(transformers.TrainerCallback):  # type: ignore[misc]
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == 2:
+            flip(given["model"])
+
+
+class FlipsForLightning(pytorch_lightning.Callback):  # type: ignore[misc]
+    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            flip(module)
+
+
+def kept(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder."""
+    saved = [*folder.glob("checkpoint-*"), *folder.glob("*.ckpt")]
+    return sorted(int("".join(letter for letter in path.name if letter.isdigit())) for path in saved)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_trainer_stops_and_saves_nothing_once_the_state_is_wrong(
+    guarded: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Control: without the callback all steps are made from the flipped weight, and saved."""
+    callback = assay.TrainerCallback()
+    by_trainer(tmp_path, [FlipsForTrainer(), *([callback] if guarded else [])], None, save=True)
+    assert kept(tmp_path) == ([1, 2] if guarded else [1, 2, 3, 4])
+    assert callback.corrupted is guarded
+    if guarded:
+        assert callback.dropped == 1  # the third, after which training stopped
+        lines = [record.getMessage() for record in caplog.records if record.levelname == "CRITICAL"]
+        assert len(lines) == 1
+        assert "model.embed_tokens.weight first (at rest), 1 in all" in lines[0]
+        assert "Restore a checkpoint from before the last update" in lines[0]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_lightning_stops_and_saves_nothing_once_the_state_is_wrong(
+    guarded: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = assay.lightning_callback()
+    checkpoints = pytorch_lightning.callbacks.ModelCheckpoint(
+        dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1
+    )
+    callbacks = [FlipsForLightning(), *([callback] if guarded else []), checkpoints]
+    refused = pytest.raises(RuntimeError, match="not saved: the state itself is corrupted")
+    with refused if guarded else nullcontext():
+        by_lightning(tmp_path, callbacks, None, save=True)
+    assert kept(tmp_path) == ([1, 2] if guarded else [1, 2, 3, 4])
+    assert callback.corrupted is guarded
+    assert sum(record.levelname == "CRITICAL" for record in caplog.records) == guarded
+
+
+def test_lightning_that_saves_nothing_stops_without_an_error(tmp_path: Path) -> None:
+    callback = assay.lightning_callback()
+    by_lightning(tmp_path, [FlipsForLightning(), callback], None)
+    assert callback.dropped == 1
+    assert callback.corrupted
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_write_on_purpose_that_is_forgotten_stops_nothing(loop: str, tmp_path: Path) -> None:
+    run, make = LOOPS[loop]
+    callback = make()
+
+    class ForTrainer(FlipsForTrainer):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            super().on_step_begin(args, state, control, **given)
+            callback.guard.forget()
+
+    class ForLightning(FlipsForLightning):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            super().on_train_batch_start(trainer, module)
+            callback.guard.forget()
+
+    run(tmp_path, [ForTrainer() if loop == "trainer" else ForLightning(), callback], None)
+    assert (callback.dropped, callback.corrupted) == (0, False)
 
 
 def test_options_reach_the_guard(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,26 +64,34 @@ class Job:
         return torch.cat([p.detach().flatten().clone() for p in self.model.parameters()])
 
 
-def by_callback(job: Job) -> dict[str, Any]:
+def by_callback(job: Job, flipped: bool = False) -> dict[str, Any]:
+    """flipped: a weight's lowest bit changes on rank 0 after the struck step."""
+    control = SimpleNamespace(should_training_stop=False)
+    stops = []
     told: list[list[str]] = []
     callback = assay.TrainerCallback(on_alarm=lambda step: told.append([a.sensor for a in step.alarms[:1]]))
     callback.on_train_begin(None, None, None, model=job.parallel, optimizer=job.optimizer)
     for number in range(STEPS):
         callback.on_step_begin(None, None, None)
         job.gradients(number)
-        callback.on_pre_optimizer_step(None, None, None, optimizer=job.optimizer)
+        callback.on_pre_optimizer_step(None, None, control, optimizer=job.optimizer)
+        stops.append(control.should_training_stop)
         job.optimizer.step()
         job.end()
+        if flipped and number == STRUCK and job.rank == 0:
+            next(job.model.parameters()).data.view(torch.int32)[0, 0] ^= 1
     callback.on_train_end(None, None, None)
-    return {"dropped": callback.dropped, "told": told}
+    return {"dropped": callback.dropped, "told": told, "stops": stops}
 
 
-def by_callback_alone(job: Job) -> dict[str, Any]:
+def by_callback_alone(job: Job, flipped: bool = False) -> dict[str, Any]:
     """The control: every rank decides by itself."""
     agree = loops.agree
-    loops.agree = lambda step: Agreement(None if step.clean else dist.get_rank())  # type: ignore[assignment]
+    loops.agree = lambda step: Agreement(  # type: ignore[assignment]
+        None if step.clean else job.rank, job.rank if step.corrupted else None
+    )
     try:
-        return by_callback(job)
+        return by_callback(job, flipped)
     finally:
         loops.agree = agree
 
@@ -106,6 +116,8 @@ def by_hand(clean: Callable[[assay.GuardedStep], bool]) -> Callable[[Job], dict[
 CASES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "callback": by_callback,
     "callback, each alone": by_callback_alone,
+    "flipped": partial(by_callback, flipped=True),
+    "flipped, each alone": partial(by_callback_alone, flipped=True),
     "own loop": by_hand(assay.clean_everywhere),
     "own loop, each alone": by_hand(lambda step: step.clean),
 }
@@ -177,6 +189,16 @@ def test_a_rank_that_saw_nothing_says_which_one_did(ranks: Found) -> None:
     assert [found["callback"]["told"] for found in ranks] == [[["gemm"]], []]
     assert ranks[0]["own loop"]["log"] == []  # the loop has the alarms
     assert "it alarmed on rank 0, not on this one" in ranks[1]["own loop"]["log"][0]
+
+
+def test_all_ranks_stop_when_the_state_of_one_is_wrong(ranks: Found) -> None:
+    """Control: alone the other one goes on, and would wait for the first for ever."""
+    stops = [number > STRUCK for number in range(STEPS)]
+    assert [found["flipped"]["stops"] for found in ranks] == [stops, stops]
+    assert [found["flipped, each alone"]["stops"] for found in ranks] == [stops, [False] * STEPS]
+    here, there = ([line for line in found["flipped"]["log"] if "corrupted" in line] for found in ranks)
+    assert "0.weight first (at rest), 1 in all" in here[0]
+    assert "on rank 0, not on this one" in there[0]
 
 
 def test_a_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
