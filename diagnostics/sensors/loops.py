@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from diagnostics.sensors.agreement import agree
+from diagnostics.sensors.early_updates import refuse_early_updates
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.guarded_step import GuardedStep
 from diagnostics.sensors.upkeep import CORRUPTED
@@ -104,7 +105,8 @@ class TrainerCallback(GuardedLoop):
 
     Args:
         on_alarm: called with the step where it alarmed, after its gradients were dropped; not on other ranks.
-        options: of the guard, e.g. budget=0.01; a wrong one raises when training begins.
+        options: of the guard, e.g. budget=0.01; a wrong one raises when training begins, and so do DeepSpeed and
+            optimizers that update within the backward.
     """
 
     def __init__(self, on_alarm: OnAlarm | None = None, **options: Any) -> None:
@@ -117,8 +119,9 @@ class TrainerCallback(GuardedLoop):
         raise AttributeError(name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The optimizer comes wrapped by accelerate."""
+        """The optimizer comes wrapped by accelerate. Raises RuntimeError where it steps before this could drop it."""
         optimizer = given.get("optimizer")
+        refuse_early_updates(given["model"], optimizer)
         self.start(given["model"], getattr(optimizer, "optimizer", optimizer))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -172,6 +175,7 @@ def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
             return loop.corrupted
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
+            refuse_early_updates(module, trainer.strategy, *trainer.optimizers)
             loop.start(module, trainer.optimizers[0] if len(trainer.optimizers) == 1 else None)
             if loop.guard is not None and len(trainer.optimizers) > 1:
                 loop.guard.account.note("<optimizer>", "step", _SEVERAL)
