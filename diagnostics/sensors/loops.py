@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -65,8 +66,11 @@ class GuardedLoop:
         if self.guard is not None and self._step is None:
             self._step = self.guard.step().__enter__()
 
-    def settle(self, optimizer: Optimizer) -> None:
-        """The optimizer is about to step: it does so with gradients that are clean on every rank, or with none."""
+    def settle(self, optimizer: Optimizer, scaler: Any = None) -> None:
+        """The optimizer is about to step: it does so with gradients that are clean on every rank, or with none.
+
+        scaler: the GradScaler that is to make it step, unless it has unscaled the gradients.
+        """
         step, self._step = self._step, None
         if step is None:
             return
@@ -76,9 +80,7 @@ class GuardedLoop:
         if dirty is None:
             return
         self.dropped += 1
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        _drop(optimizer, scaler)
         if corrupted is not None:
             _log.critical(_CORRUPTED, _first_wrong(step) if step.corrupted else f"on rank {corrupted}, not on this one")
         if step.clean:
@@ -93,6 +95,16 @@ class GuardedLoop:
         step, self._step = self._step, None
         if step is not None:
             step.abandon()
+
+
+def _drop(optimizer: Optimizer, scaler: Any) -> None:
+    """A scaler must have looked for infinities before: where it finds no gradients its step and update raise."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if scaler is not None and parameters:
+        with suppress(RuntimeError):  # it has unscaled them before, to clip them
+            scaler.unscale_(optimizer)
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _first_wrong(step: GuardedStep) -> str:
@@ -122,7 +134,7 @@ class TrainerCallback(GuardedLoop):
         """The optimizer comes wrapped by accelerate. Raises RuntimeError where it steps before this could drop it."""
         optimizer = given.get("optimizer")
         refuse_early_updates(given["model"], optimizer)
-        self.start(given["model"], getattr(optimizer, "optimizer", optimizer))
+        self.start(given["model"], _unwrapped(optimizer))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Before the first micro-batch of a step."""
@@ -130,7 +142,8 @@ class TrainerCallback(GuardedLoop):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """After the gradients of all micro-batches were added up and clipped."""
-        self.settle(given["optimizer"])
+        optimizer = given["optimizer"]
+        self.settle(_unwrapped(optimizer), getattr(optimizer, "scaler", None))
         if self.corrupted:
             control.should_training_stop = True
 
@@ -146,6 +159,11 @@ class TrainerCallback(GuardedLoop):
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The last step may have been cut short."""
         self.stop()
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that accelerate's wrapper makes step, by a scaler where there is one."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
@@ -184,7 +202,8 @@ def lightning_callback(on_alarm: OnAlarm | None = None, **options: Any) -> Any:
             loop.begin()
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-            loop.settle(optimizer)
+            fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # the others are unscaled by now
+            loop.settle(optimizer, getattr(trainer.precision_plugin, "scaler", None) if fused else None)
             if loop.corrupted:
                 trainer.should_stop = True
 
