@@ -100,6 +100,15 @@ def test_a_mark_is_met_only_where_something_is_covered(operators: float, met: bo
     assert guard_overhead.of_cost("x", setting, cost, covered, large=False, clocked=True).met is None
 
 
+def test_a_ratio_that_noise_makes_small_meets_no_mark_that_the_checks_own_clock_misses() -> None:
+    setting, covered = Setting("a budget", budget=0.008, target=0.008), Covered(1.0, 1.0, None)
+    noisy = Cost([0.97, 1.01, 0.99], [0.02], [0.0], [1.0])
+    found = guard_overhead.of_cost("x", setting, noisy, covered, large=True, clocked=True)
+    assert (found.value, found.met) == (pytest.approx(-0.01), False)
+    assert "rounds -0.030..0.010" in (found.coverage or "")
+    assert guard_overhead.of_cost("x", setting, noisy, covered, large=True, clocked=False).met  # a GPU's is the ratio
+
+
 def test_every_cost_has_its_own_recall() -> None:
     size = guard_overhead.Size(64, 64, 1, 1)
     figures = list(guard_overhead.of_size(size, torch.float32, torch.device("cpu"), 1e9))
