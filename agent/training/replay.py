@@ -205,6 +205,7 @@ class Replayer:
             "replay_result",
             {
                 **self._coordinates(held, suspect),
+                "attempt": held.attempt,
                 "votes": [vote_body(vote) for vote in judged.votes],
                 "verdict": ruling.verdict.value if ruling.verdict else "",
                 "blamed_node": ruling.blamed_node or "",

@@ -170,7 +170,8 @@ class ReplayResult(Event):
     """A vote from a spare (`verdict` empty, `action_id` set), or the gate's own verdict on a held step.
 
     `evidence` names the bundle that the held step left, if it left one; the note says what is to be said of it.
-    `widened` counts the tolerances that the suspect widened after a false alarm.
+    `widened` counts the tolerances that the suspect widened after a false alarm. `attempt` is the alarm's (0: from an
+    older agent).
     """
 
     job: str
@@ -187,6 +188,7 @@ class ReplayResult(Event):
     evidence: str = ""
     evidence_note: str = ""
     widened: int = 0
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,14 +19,18 @@ def gate_alarm(change: Change, event: GateAlarm) -> None:
     worst = max(event.alarms, key=lambda alarm: alarm.reading, default=None)
     where = f": {worst.sensor} of {worst.module} {worst.pass_} reads {worst.reading:.3g}" if worst else ""
     text = f"rank {event.rank} alarmed at step {event.step}{where}; the gate holds the step"
+    known = f"{event.step}/{event.rank}" in job.gates
     gate = _gate(change, job, event.step, event.rank, text, device=event.device)
     incident = change.incident(gate.incident)
     add_votes(incident, event.votes)
-    if event.attempt > gate.attempt > 0:
-        change.note(gate.incident, f"attempt {event.attempt} of step {event.step} alarmed too")
-    gate = _keep(job, replace(gate, attempt=max(gate.attempt, event.attempt)))
+    if known and event.attempt > gate.alarmed:
+        again = f"attempt {event.attempt} of step {event.step} alarmed too"
+        change.note(gate.incident, again if gate.alarmed else text)
+    latest = max(gate.attempt, event.attempt)
+    gate = _keep(job, replace(gate, attempt=latest, alarmed=max(gate.alarmed, event.attempt)))
     role = "third" if any(vote.role == "peer" for vote in event.votes) else "peer"
-    if event.needs_third and (event.attempt, role) > (gate.asked, gate.role) and not job.restart:
+    wanted = event.needs_third and event.attempt > gate.judged
+    if wanted and (event.attempt, role) > (gate.asked, gate.role) and not job.restart:
         _ask(change, job, _keep(job, replace(gate, asked=event.attempt, role=role)), event)
 
 
@@ -39,10 +43,11 @@ def replay_result(change: Change, event: ReplayResult) -> None:
     if job is None or job.placed(event.rank) is None:
         return
     gate = _gate(change, job, event.step, event.rank, f"rank {event.rank} alarmed at step {event.step}")
-    attempt = max(gate.attempt, 1)
+    # Alarm and verdict come from two nodes, so either may be the first to arrive.
+    attempt = event.attempt or max(gate.attempt, 1)
     if gate.judged >= attempt:
-        return  # every rank reports the verdict of its gate; the first one counts
-    _keep(job, replace(gate, attempt=attempt, judged=attempt))
+        return  # told again
+    _keep(job, replace(gate, attempt=max(gate.attempt, attempt), judged=attempt))
     add_votes(change.incident(gate.incident), event.votes)
     add_evidence(change, gate.incident, event.evidence, event.evidence_note)
     # An undecided step whose redo alarms again is no passing fault.

@@ -7,7 +7,7 @@ from controller.core.actions import Action, Placement
 from controller.core.events import Device, Drill, Vote
 from controller.core.policy import Policy
 
-STATE_VERSION = 3  # grows when a stored snapshot can no longer be read as it is
+STATE_VERSION = 4  # grows when a stored snapshot can no longer be read as it is
 
 
 class NodeState(StrEnum):
@@ -116,15 +116,17 @@ class Restart:
 class Gate:
     """A held step of one suspect rank. Invariant: `judged` <= `attempt`.
 
-    `attempt` is the newest alarm's, `judged` the newest one with a verdict, `asked` the newest one for which a spare's
-    vote was arranged, in the place of `role` ("peer", "third"). `replay` is the outstanding Replay's id, to be answered
-    by `vote_due`. `differed` is how often the ranks have said that they committed this step's state otherwise.
+    `attempt` is the newest one known of, `alarmed` the newest one whose alarm came, `judged` the newest one with a
+    verdict, `asked` the newest one for which a spare's vote was arranged, in the place of `role` ("peer", "third").
+    `replay` is the outstanding Replay's id, to be answered by `vote_due`. `differed` is how often the ranks have said
+    that they committed this step's state otherwise.
     """
 
     step: int
     rank: int
     incident: str
     attempt: int = 0
+    alarmed: int = 0
     judged: int = 0
     asked: int = 0
     role: str = ""

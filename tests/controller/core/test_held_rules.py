@@ -147,6 +147,43 @@ def test_each_held_attempt_leaves_its_evidence_with_the_incident_or_says_why_not
     assert told == ["evidence first: 9 bytes", "evidence second", "evidence is missing: no room"]
 
 
+@pytest.mark.parametrize(("attempts", "quarantined"), [((1, 2), True), ((0, 0), False)])
+@pytest.mark.parametrize("alarmed", [1, 2])
+def test_verdicts_count_in_whatever_order_they_and_their_alarms_come(
+    attempts: tuple[int, int], quarantined: bool, alarmed: int
+) -> None:
+    """They come over two nodes' streams. Without the attempt one of two verdicts is lost."""
+    story = trained()
+    for attempt in range(1, alarmed + 1):
+        story.alarm(1, 12, attempt)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1", attempt=attempts[0])
+    assert not story.of(Quarantine)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=True, attempt=attempts[1])
+    assert bool(story.of(Quarantine)) is quarantined
+
+
+def test_a_verdict_told_again_counts_once() -> None:
+    story = trained()
+    for _ in range(2):
+        story.verdict("CORRUPT", rank=1, step=12, blamed="n1", attempt=1)
+    assert not story.of(Quarantine)
+    assert [held.faults for held in story.state.suspicion.values()] == [1]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_alarm_that_comes_after_its_verdict_still_tells_what_alarmed(first: bool) -> None:
+    story = trained()
+    if first:
+        story.verdict("FALSE_ALARM", rank=1, step=12, attempt=1)
+    story.alarm(1, 12)
+    story.alarm(1, 12, third=True)
+    story.alarm(1, 12, attempt=2)
+    told = [note.text for note in story.state.incidents["inc-0001"].timeline]
+    assert len([text for text in told if "gemm of layers.1.moe.experts.3.gate fprop reads 41.5" in text]) == 1
+    assert len([text for text in told if text == "attempt 2 of step 12 alarmed too"]) == 1
+    assert bool(story.of(Replay)) is not first  # nobody waits for a vote on what is judged
+
+
 def test_a_suspect_stays_one_through_a_new_agent_and_is_cleared_by_time_and_a_probe() -> None:
     story = trained()
     story.alarm(1, 12)

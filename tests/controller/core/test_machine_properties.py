@@ -28,7 +28,7 @@ command = st.one_of(
     st.tuples(st.just("resumed"), rank, step, st.sampled_from(["live", "spare", "replica", "checkpoint", "init"])),
     st.tuples(st.just("final"), step),
     st.tuples(st.just("alarm"), rank, step, st.integers(1, 3), st.booleans()),
-    st.tuples(st.just("verdict"), rank, step, st.sampled_from(VERDICTS), node, st.booleans()),
+    st.tuples(st.just("verdict"), rank, step, st.sampled_from(VERDICTS), node, st.booleans(), st.integers(0, 3)),
     st.tuples(st.just("disagreement"), step, st.integers(-1, MEMBERS - 1), st.integers(0, 3)),
     st.tuples(st.just("captured"), step),
     st.tuples(st.just("durable"), step, st.sampled_from(["", "other"])),
@@ -51,8 +51,8 @@ def obey(story: Story, words: tuple) -> None:  # type: ignore[type-arg]
             story.hello(name, new=new)
         case ("alarm", who, at, attempt, third):
             story.alarm(who, at, attempt, third)
-        case ("verdict", who, at, verdict, blamed, recurrent):
-            story.verdict(verdict, rank=who, step=at, blamed=blamed, recurrent=recurrent)
+        case ("verdict", who, at, verdict, blamed, recurrent, attempt):
+            story.verdict(verdict, rank=who, step=at, blamed=blamed, recurrent=recurrent, attempt=attempt)
         case ("refused", at, who):
             story.refused(at, who)
         case ("result", index, outcome):
