@@ -68,6 +68,7 @@ class Replayer:
         self.members = tuple(members)
         self.daemon = daemon
         self._scratch = torch.empty(0)
+        self._resent = Resent()
 
     def judge(self, held: Held, suspect: int) -> Judged:
         """Collect votes until there is a verdict on `suspect`; the same on every rank, and not published yet."""
@@ -84,8 +85,8 @@ class Replayer:
             votes += cast
             ruling = decide(votes, unavailable, self.engine.spec.replays)
         mesh = self.engine.spec.mesh
-        if mesh is not None and mesh.ep > 1 and held.attempt == 1:
-            ruling = unless_received(ruling)
+        if mesh is not None and mesh.ep > 1:
+            ruling = self._resent.unless_received(held, suspect, ruling)
         concluded = self._conclude(held, suspect, votes, ruling)
         self.roles.close()
         return Judged(suspect, tuple(votes), ruling, *concluded)
@@ -206,6 +207,7 @@ class Replayer:
             {
                 **self._coordinates(held, suspect),
                 "attempt": held.attempt,
+                "first_attempt": held.first,
                 "votes": [vote_body(vote) for vote in judged.votes],
                 "verdict": ruling.verdict.value if ruling.verdict else "",
                 "blamed_node": ruling.blamed_node or "",
@@ -228,16 +230,26 @@ class Replayer:
         }
 
 
-def unless_received(ruling: Ruling) -> Ruling:
-    """The ruling on a first attempt whose rows came from other ranks.
+class Resent:
+    """Of whom the rows that it received were sent again already, in this try of a step; the same on every rank."""
 
-    Votes repeat what a rank made of the rows it received. If all agree and the result is not finite, the rows may have
-    been bad on their way; only an attempt with rows sent again tells that from a fault of the model.
-    """
-    if ruling.verdict is not Verdict.SOFTWARE:
-        return ruling
-    reason = f"{ruling.reason}; what was received may be to blame, so the step is redone"
-    return replace(ruling, verdict=Verdict.UNDECIDED, reason=reason)
+    def __init__(self) -> None:
+        self._attempts: dict[int, tuple[int, int]] = {}
+
+    def unless_received(self, held: Held, suspect: int, ruling: Ruling) -> Ruling:
+        """The ruling on a suspect whose rows came from other ranks.
+
+        Votes repeat what a rank made of the rows it received. If all agree and the result is not finite, the rows may
+        have been bad on their way; only an attempt with rows sent again tells that from a fault of the model.
+        """
+        if ruling.verdict is not Verdict.SOFTWARE:
+            return ruling
+        step, attempt = self._attempts.get(suspect, (0, 0))
+        if step == held.step and attempt >= held.first:
+            return ruling
+        self._attempts[suspect] = (held.step, held.attempt)
+        reason = f"{ruling.reason}; what was received may be to blame, so the step is redone"
+        return replace(ruling, verdict=Verdict.UNDECIDED, reason=reason)
 
 
 def recompute(

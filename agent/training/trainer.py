@@ -143,17 +143,20 @@ class Trainer:
     def _step(self, step: int) -> None:
         trace = self.doubt.trace
         alarms: tuple[Alarm, ...] = ()
-        # Attempts go on where a roll-back takes a step again: what was judged, and kept, of it goes by their number.
-        before = self.committed[1] if self.committed[0] == step else 0
-        for attempt in range(before + 1, before + 1 + MAX_ATTEMPTS):
+        first = self._first(step)
+        for attempt in range(first, first + MAX_ATTEMPTS):
             with nullcontext() if trace is None else self.daemon.span("redo", trace, step=step, attempt=attempt):
                 alarmed = self._attempt(step, attempt)
             if alarmed is None:
                 return
             trace = self._hold(*alarmed)
             alarms = alarmed[0].computation.alarms
-        first = f"{alarms[0].sensor} at {alarms[0].module} ({alarms[0].operation})" if alarms else "on another rank"
-        raise StepRefused(f"step {step} still alarms after {MAX_ATTEMPTS} attempts, whatever the verdicts: {first}")
+        told = f"{alarms[0].sensor} at {alarms[0].module} ({alarms[0].operation})" if alarms else "on another rank"
+        raise StepRefused(f"step {step} still alarms after {MAX_ATTEMPTS} attempts, whatever the verdicts: {told}")
+
+    def _first(self, step: int) -> int:
+        """With which attempt a step begins: verdicts go by their number, so a roll-back does not begin anew."""
+        return self.committed[1] + 1 if self.committed[0] == step else 1
 
     def _attempt(self, step: int, attempt: int) -> tuple[Held, Outcome] | None:
         """Compute, reduce and pass the gate; None when the step is committed or what preceded it rolled back."""
@@ -196,7 +199,8 @@ class Trainer:
         record = self.transaction.record
         replica = 0 if record.shard is None else record.shard.replica
         state = (self.transaction.state, replica, record.digest, record.own)
-        return Held(self.seat.generation, step, attempt, computation, original, *state, reduction)
+        held = Held(self.seat.generation, step, attempt, computation, original, *state, reduction)
+        return replace(held, first=self._first(step))
 
     def _compute(self, step: int, attempt: int) -> tuple[Computation, str]:
         self._enter(step, "forward")

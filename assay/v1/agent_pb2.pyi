@@ -351,7 +351,7 @@ class GateAlarm(_message.Message):
     def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., device: _Optional[str] = ..., attempt: _Optional[int] = ..., alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ..., votes: _Optional[_Iterable[_Union[Vote, _Mapping]]] = ..., needs_third: _Optional[bool] = ..., evidence: _Optional[str] = ...) -> None: ...
 
 class ReplayResult(_message.Message):
-    __slots__ = ("job", "generation", "step", "rank", "votes", "verdict", "blamed_node", "blamed_device", "recurrent", "reason", "action_id", "evidence", "evidence_note", "widened", "attempt")
+    __slots__ = ("job", "generation", "step", "rank", "votes", "verdict", "blamed_node", "blamed_device", "recurrent", "reason", "action_id", "evidence", "evidence_note", "widened", "attempt", "first_attempt")
     JOB_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -367,6 +367,7 @@ class ReplayResult(_message.Message):
     EVIDENCE_NOTE_FIELD_NUMBER: _ClassVar[int]
     WIDENED_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     job: str
     generation: int
     step: int
@@ -382,7 +383,8 @@ class ReplayResult(_message.Message):
     evidence_note: str
     widened: int
     attempt: int
-    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., votes: _Optional[_Iterable[_Union[Vote, _Mapping]]] = ..., verdict: _Optional[str] = ..., blamed_node: _Optional[str] = ..., blamed_device: _Optional[str] = ..., recurrent: _Optional[bool] = ..., reason: _Optional[str] = ..., action_id: _Optional[str] = ..., evidence: _Optional[str] = ..., evidence_note: _Optional[str] = ..., widened: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+    first_attempt: int
+    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., votes: _Optional[_Iterable[_Union[Vote, _Mapping]]] = ..., verdict: _Optional[str] = ..., blamed_node: _Optional[str] = ..., blamed_device: _Optional[str] = ..., recurrent: _Optional[bool] = ..., reason: _Optional[str] = ..., action_id: _Optional[str] = ..., evidence: _Optional[str] = ..., evidence_note: _Optional[str] = ..., widened: _Optional[int] = ..., attempt: _Optional[int] = ..., first_attempt: _Optional[int] = ...) -> None: ...
 
 class AuditResult(_message.Message):
     __slots__ = ("job", "generation", "step", "rank", "equal", "expected", "found")

@@ -171,7 +171,7 @@ class ReplayResult(Event):
 
     `evidence` names the bundle that the held step left, if it left one; the note says what is to be said of it.
     `widened` counts the tolerances that the suspect widened after a false alarm. `attempt` is the alarm's (0: from an
-    older agent).
+    older agent), `first_attempt` the first one of this try: a roll-back takes the step again.
     """
 
     job: str
@@ -189,6 +189,7 @@ class ReplayResult(Event):
     evidence_note: str = ""
     widened: int = 0
     attempt: int = 0
+    first_attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,11 +47,12 @@ def replay_result(change: Change, event: ReplayResult) -> None:
     attempt = event.attempt or max(gate.attempt, 1)
     if gate.judged >= attempt:
         return  # told again
-    _keep(job, replace(gate, attempt=max(gate.attempt, attempt), judged=attempt))
+    undecided = attempt if event.verdict == UNDECIDED else 0
+    _keep(job, replace(gate, attempt=max(gate.attempt, attempt), judged=attempt, undecided=undecided))
     add_votes(change.incident(gate.incident), event.votes)
     add_evidence(change, gate.incident, event.evidence, event.evidence_note)
-    # An undecided step whose redo alarms again is no passing fault.
-    again = event.verdict == UNDECIDED and attempt > 1
+    # An undecided step whose redo is undecided again is no passing fault.
+    again = bool(undecided) and gate.undecided >= max(event.first_attempt, 1)
     counts = event.recurrent or not _told_already(change, job, gate, attempt, event.blamed_device)
     rule(change, job, gate.incident, replace(event, recurrent=event.recurrent or again), counts)
 
@@ -83,6 +84,8 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
         gate = _gate(change, job, event.step, event.blamed_rank, text, before_commit=False)
         change.incident(gate.incident).before_commit = False  # also of one that was held before it was committed
     _keep(job, replace(gate, attempt=gate.attempt + 1, judged=gate.attempt + 1, differed=event.times))
+    for other in [other for other in job.gates.values() if other.step == event.step]:
+        _keep(job, replace(other, undecided=0))  # the step is taken again
     verdict = ReplayResult(
         time=event.time,
         node=event.node,

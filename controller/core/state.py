@@ -117,9 +117,9 @@ class Gate:
     """A held step of one suspect rank. Invariant: `judged` <= `attempt`.
 
     `attempt` is the newest one known of, `alarmed` the newest one whose alarm came, `judged` the newest one with a
-    verdict, `asked` the newest one for which a spare's vote was arranged, in the place of `role` ("peer", "third").
-    `replay` is the outstanding Replay's id, to be answered by `vote_due`. `differed` is how often the ranks have said
-    that they committed this step's state otherwise.
+    verdict, `undecided` that one if nobody could tell (else 0), `asked` the newest one for which a spare's vote was
+    arranged, in the place of `role` ("peer", "third"). `replay` is the outstanding Replay's id, to be answered by
+    `vote_due`. `differed` is how often the ranks have said that they committed this step's state otherwise.
     """
 
     step: int
@@ -128,6 +128,7 @@ class Gate:
     attempt: int = 0
     alarmed: int = 0
     judged: int = 0
+    undecided: int = 0
     asked: int = 0
     role: str = ""
     replay: str = ""

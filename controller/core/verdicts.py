@@ -37,7 +37,7 @@ def rule(change: Change, job: Job, key: str, event: ReplayResult, counts: bool =
         change.act(AskHuman, job, "", event.reason, incident=key, question=question)
         _judge_alarmed(change, job, event, blamed if _contradicted(event.votes) else doubted)
         if event.recurrent:
-            why = f"step {event.step} keeps failing its checks, and there is no other device to compare on"
+            why = f"step {event.step} keeps failing its checks: {event.reason}"
             end(change, job, JobStatus.FAILED, why, key)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from agent.training.collective import PeerLost
+from agent.training.held import Held
 from agent.training.journal import Deviation, Journal, Wire
-from agent.training.replay import unless_received
+from agent.training.replay import Resent
 from diagnostics.health import Verdict
 from diagnostics.verify.votes import Role, Vote, decide
 
@@ -111,8 +112,33 @@ def test_agreement_on_what_is_not_finite_is_settled_by_sending_again() -> None:
     votes = [Vote(role, node, node, 1, "d", True, False) for role, node in NOT_FINITE]
     ruling = decide(votes)
     assert ruling.verdict is Verdict.SOFTWARE
-    softened = unless_received(ruling)
+    resent = Resent()
+    softened = resent.unless_received(held(1), 0, ruling)
     assert (softened.verdict, softened.blamed_node) == (Verdict.UNDECIDED, None)
     assert "redone" in softened.reason
+    assert resent.unless_received(held(2), 0, ruling) is ruling
     false_alarm = decide([replace(vote, finite=True) for vote in votes])
-    assert unless_received(false_alarm) is false_alarm
+    assert Resent().unless_received(held(1), 0, false_alarm) is false_alarm
+
+
+@pytest.mark.parametrize(
+    ("suspect", "step", "attempt", "first", "again"),
+    [
+        (0, 5, 3, 1, True),  # whatever came between
+        (1, 5, 3, 1, False),  # another rank's rows
+        (0, 6, 1, 1, False),
+        (0, 5, 4, 4, False),  # the step was rolled back, and is taken again
+    ],
+)
+def test_rows_are_sent_again_once_in_each_try_and_not_by_the_number_of_the_attempt(
+    suspect: int, step: int, attempt: int, first: int, again: bool
+) -> None:
+    """The attempt in which they are bad first need not be the first one."""
+    ruling = decide([Vote(role, node, node, 1, "d", True, False) for role, node in NOT_FINITE])
+    resent = Resent()
+    assert resent.unless_received(held(2), 0, ruling).verdict is Verdict.UNDECIDED
+    assert (resent.unless_received(held(attempt, step, first), suspect, ruling) is ruling) is again
+
+
+def held(attempt: int, step: int = 5, first: int = 1) -> Held:
+    return Held(1, step, attempt, None, "", None, first=first)  # type: ignore[arg-type]

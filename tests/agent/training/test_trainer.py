@@ -61,7 +61,7 @@ def test_a_transient_corruption_is_caught_before_it_commits(
     assert end(reports) == clean
     (ruling,) = kinds(reports, "replay_result")
     assert (ruling["verdict"], ruling["blamed_node"], ruling["recurrent"]) == ("CORRUPT", f"n{rank}", False)
-    assert (ruling["attempt"], ruling["widened"]) == (1, 0)
+    assert (ruling["attempt"], ruling["first_attempt"], ruling["widened"]) == (1, 1, 0)
     assert {vote["node"] for vote in ruling["votes"]} == {"n0", "n1"}
     assert [entry["attempts"] for entry in kinds(reports, "step") if entry["step"] == 3] == [2, 2]
     spans = [(s["name"], s["traceparent"].partition("/")[0]) for s in kinds(reports, "span")]

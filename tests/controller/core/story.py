@@ -247,13 +247,15 @@ class Story:
         by: int | None = None,
         evidence: tuple[str, str] = ("", ""),
         attempt: int = 0,
+        first: int = 0,
     ) -> list[Action]:
-        """`attempt`: 0 is what an agent of before says."""
+        """`attempt`, and the `first` of this try: 0 is what an agent of before says."""
         reporter = self.home(rank if by is None else by)
         suspect = self.home(rank)
         votes = (self.vote("original", suspect, "bad"), self.vote("suspect", suspect, "bad" if recurrent else "good"))
         told = self._replayed(reporter, step, rank, votes, verdict=verdict, blamed=blamed, recurrent=recurrent)
-        return self.feed(replace(told, evidence=evidence[0], evidence_note=evidence[1], attempt=attempt))
+        told = replace(told, evidence=evidence[0], evidence_note=evidence[1])
+        return self.feed(replace(told, attempt=attempt, first_attempt=first))
 
     def disagreement(self, step: int, blamed: int, times: int = 0) -> list[Action]:
         """Of committed states: the records' comparison, or what the ranks found, for how many times."""

@@ -135,6 +135,39 @@ def test_states_that_differ_again_after_their_redo_are_another_corruption(first:
     assert bool(story.of(Quarantine)) is (first == 1 and times == 2)
 
 
+@pytest.mark.parametrize(
+    ("before", "first", "ended"),
+    [
+        ("UNDECIDED", 1, True),
+        ("UNDECIDED", 0, True),  # an older agent's
+        ("UNDECIDED", 2, False),  # rolled back in between
+        ("CORRUPT", 1, False),
+        ("FALSE_ALARM", 1, False),
+    ],
+)
+def test_only_what_stays_undecided_ends_the_job(before: str, first: int, ended: bool) -> None:
+    story = trained()
+    story.alarm(1, 12)
+    story.verdict(before, rank=1, step=12, blamed="n1" if before == "CORRUPT" else "", attempt=1, first=1)
+    story.alarm(1, 12, attempt=2)
+    story.verdict("UNDECIDED", rank=1, step=12, attempt=2, first=first)
+    job = story.state.jobs["run"]
+    assert (job.status == "FAILED") is ended
+    if ended:
+        assert job.explanation == "step 12 keeps failing its checks: there is no second device to compare on"
+    else:
+        story.verdict("UNDECIDED", rank=1, step=12, attempt=3, first=first)
+        assert story.state.jobs["run"].status == "FAILED"
+
+
+def test_what_was_undecided_before_states_differed_is_another_try() -> None:
+    story = trained()
+    story.verdict("UNDECIDED", rank=1, step=12, attempt=1)
+    story.disagreement(12, blamed=0, times=1)
+    story.verdict("UNDECIDED", rank=1, step=12, attempt=3)
+    assert story.state.jobs["run"].status == "RUNNING"
+
+
 def test_each_held_attempt_leaves_its_evidence_with_the_incident_or_says_why_not() -> None:
     story = trained()
     for attempt, evidence in ((1, ("first", "9 bytes")), (2, ("second", "")), (3, ("", "no room"))):
