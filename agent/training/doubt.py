@@ -2,53 +2,85 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from agent.slots import SlotRecord
 from agent.training.collective import Group
 from agent.training.gate import Row
+from agent.training.held import Member
 from agent.training.recovery import Recovery
 from agent.training.replay import Daemon
+from diagnostics.verify.between import Changed, changed_ruling
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A step in doubt: its digests by rank, what this rank's words hashed to, and which ranks are blamed already."""
+
+    step: int
+    digests: list[int]
+    own: int
+    trace: str
+    blamed: tuple[int, ...]
 
 
 class Doubt:
     """A step whose states differed, until its redo has shown which of them was wrong."""
 
-    def __init__(self, job: str, generation: int, group: Group, recovery: Recovery, daemon: Daemon) -> None:
+    def __init__(
+        self, job: str, generation: int, group: Group, members: Sequence[Member], recovery: Recovery, daemon: Daemon
+    ) -> None:
         self._job = job
         self._generation = generation
         self._group = group
+        self._members = [(member.node, member.device) for member in members]
         self._recovery = recovery
         self._daemon = daemon
-        self._open: tuple[int, list[int], int, str] | None = None
+        self._open: _Open | None = None
         self._times: Counter[int] = Counter()
 
     @property
     def trace(self) -> str | None:
         """The trace that the redo belongs to; None when nothing is in doubt."""
-        return self._open[3] if self._open else None
+        return self._open.trace if self._open else None
 
     def times(self, step: int) -> int:
         """How often the states of `step` have differed, this time included once `roll_back` was called."""
         return self._times[step]
 
-    def roll_back(self, step: int, rows: Sequence[Row], own: int, trace: str) -> None:
+    def roll_back(self, record: SlotRecord, rows: Sequence[Row], own: int, trace: str) -> None:
         """Go back one step, on bits that still hash to their record; `own` is the digest of this rank's doubtful words.
 
-        Raises StateLost, PeerLost.
+        Whose memory changed is plain before, and is said before: there may be nothing to go back to. Raises StateLost,
+        PeerLost.
         """
+        step = record.step
         self._times[step] += 1
+        opened = _Open(step, [row.digest for row in rows], own, trace, _changed(rows))
         with self._daemon.span("roll_back", trace, step=step):
+            if opened.blamed:
+                hashes = self._group.gather_objects((record.own, own))
+                for rank in opened.blamed:
+                    ruling = changed_ruling(Changed(rank, "state", *hashes[rank]), self._members)
+                    self._report(opened, opened.blamed, rank, ruling.reason)
             self._recovery.roll_back()
-        self._open = (step, [row.digest for row in rows], own, trace)
+        self._open = opened
 
     def settle(self, record: SlotRecord) -> None:
         """After the redo it is plain whose words were other ones: a rank that was right reports it. Raises PeerLost."""
-        if self._open is None or self._open[0] != record.step:
+        if self._open is None or self._open.step != record.step:
             return
-        step, digests, own, _ = self._open
-        self._open = None
-        flags = self._group.gather([int(own != record.own)])
+        opened, self._open = self._open, None
+        flags = self._group.gather([int(opened.own != record.own)])
         wrong = [rank for rank, (differs,) in enumerate(flags) if differs]
+        news = [rank for rank in wrong if rank not in opened.blamed]
+        if opened.blamed and not news:
+            return
+        reason = f"step {opened.step} was redone from step {opened.step - 1}; the redo gave {record.digest:016x}"
+        self._report(opened, wrong, news[0] if len(news) == 1 else -1, reason)
+
+    def _report(self, opened: _Open, wrong: Sequence[int], blamed: int, reason: str) -> None:
+        """One rank speaks, which is none of the `wrong` ones if there is another."""
         if self._group.rank != next((r for r in range(self._group.world) if r not in wrong), 0):
             return
         self._daemon.report(
@@ -56,11 +88,15 @@ class Doubt:
             {
                 "job": self._job,
                 "generation": self._generation,
-                "step": step,
-                "digests": {rank: f"{value:016x}" for rank, value in enumerate(digests)},
-                "blamed_rank": wrong[0] if len(wrong) == 1 else -1,
-                "reason": f"step {step} was redone from step {step - 1}; the redo gave {record.digest:016x}",
-                "times": self._times[step],
+                "step": opened.step,
+                "digests": {rank: f"{value:016x}" for rank, value in enumerate(opened.digests)},
+                "blamed_rank": blamed,
+                "reason": reason,
+                "times": self._times[opened.step],
             },
             urgent=True,
         )
+
+
+def _changed(rows: Sequence[Row]) -> tuple[int, ...]:
+    return tuple(rank for rank, row in enumerate(rows) if not row.intact)

@@ -90,7 +90,7 @@ class Trainer:
         self.recovery = Recovery(
             engine, group, self.transaction, self.division, source, self.storage, daemon, seat.generation
         )
-        self.doubt = Doubt(seat.job, seat.generation, group, self.recovery, daemon)
+        self.doubt = Doubt(seat.job, seat.generation, group, members, self.recovery, daemon)
         self.checkpoints: Checkpoints = WholeCheckpoints(None)
         self.executions: Counter[int] = Counter()
         self.committed = (0, 0)  # the last step, and its attempt
@@ -296,12 +296,13 @@ class Trainer:
 
     def _roll_back(self, rows: list[Row]) -> None:
         """States of the last commit differ: go back one step, and redo it."""
-        step = self.transaction.record.step
+        record = self.transaction.record
+        step = record.step
         if self.doubt.times(step) == MAX_ATTEMPTS:
             raise StepRefused(f"ranks committed different states at step {step} {MAX_ATTEMPTS + 1} times")
         self._enter(step, "restore")
         self.checkpoints.discard(step)
-        self.doubt.roll_back(step, rows, self.own, self.hearing.begin_trace(0, "disagreement", step))
+        self.doubt.roll_back(record, rows, self.own, self.hearing.begin_trace(0, "disagreement", step))
 
     def _enter(self, step: int, phase: str) -> None:
         self.phase = (step, phase)

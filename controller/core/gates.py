@@ -70,20 +70,22 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
     if job is None:
         return
     place = job.placed(event.blamed_rank)
-    texts = ", ".join(f"rank {rank} {digest}" for rank, digest in sorted(event.digests.items()))
-    text = f"the states after step {event.step} differ: {texts}"
+    text = _difference(event)
     # The gate and the record both compare digests: the first to report them speaks for both.
     known = [gate for gate in job.gates.values() if gate.step == event.step]
     after = [gate for gate in known if change.state.incidents[gate.incident].before_commit is False]
-    once_more = event.times > max([1, *(gate.differed for gate in after)])  # a redo was committed wrong as well
-    if not once_more and any(gate.rank >= 0 or event.blamed_rank < 0 for gate in after):
+    echoed = [gate for gate in after if event.times <= max(1, gate.differed)]  # else a redo was committed wrong as well
+    if any(event.blamed_rank in (-1, gate.rank) for gate in echoed):
         return
-    if after and not once_more:  # the record saw it first and could not tell whose state is wrong; the gate's redo can
-        gate = _blame_late(change, job, after[0], event.blamed_rank, text)
+    unclaimed = next((gate for gate in echoed if gate.rank < 0), None)
+    if unclaimed:  # the record saw it first and could not tell whose state is wrong
+        gate = _blame_late(change, job, unclaimed, event.blamed_rank, text)
+        attempt = gate.attempt
     else:
         gate = _gate(change, job, event.step, event.blamed_rank, text, before_commit=False)
         change.incident(gate.incident).before_commit = False  # also of one that was held before it was committed
-    _keep(job, replace(gate, attempt=gate.attempt + 1, judged=gate.attempt + 1, differed=event.times))
+        attempt = gate.attempt + 1
+    _keep(job, replace(gate, attempt=attempt, judged=attempt, differed=event.times))
     for other in [other for other in job.gates.values() if other.step == event.step]:
         _keep(job, replace(other, undecided=0))  # the step is taken again
     verdict = ReplayResult(
@@ -102,6 +104,15 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
         action_id="",
     )
     rule(change, job, gate.incident, verdict)
+
+
+def _difference(event: DigestDisagreement) -> str:
+    """What is wrong with the states; one that changed in memory since it was committed had the digest of all."""
+    if len(set(event.digests.values())) > 1:
+        texts = ", ".join(f"rank {rank} {digest}" for rank, digest in sorted(event.digests.items()))
+        return f"the states after step {event.step} differ: {texts}"
+    whose = f" of rank {event.blamed_rank}" if event.blamed_rank >= 0 else ""
+    return f"the state{whose} after step {event.step} changed in memory"
 
 
 def _blame_late(change: Change, job: Job, gate: Gate, rank: int, text: str) -> Gate:

@@ -158,6 +158,7 @@ def test_an_expert_that_changed_in_memory_is_rolled_back_and_blamed(home: Path, 
     assert (codes, end(reports)) == (FINE, end(clean))
     (found,) = kinds(reports, "digest_disagreement")
     assert (found["step"], found["blamed_rank"]) == (2, 1)
+    assert "in memory: the state of n1 hashes to" in found["reason"]
 
 
 @pytest.fixture(scope="module")

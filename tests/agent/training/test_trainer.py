@@ -138,6 +138,18 @@ def test_without_sensors_the_next_gate_sees_it_and_goes_back(home: Path) -> None
     assert not kinds(reports, "replay_result")
 
 
+def test_memory_that_changed_right_after_a_restart_is_blamed_though_there_is_no_state_to_go_back_to(home: Path) -> None:
+    """A restart keeps one state, and a job of one rank has no other copy of it."""
+    folder = home / "flipped-alone"
+    train(folder, world=1, steps=3)
+    codes, reports = train(folder, world=1, generation=2, flip=(0, 4, "forward"))
+    assert codes == [4]
+    assert "StateLost" in reports[0][-1]["error"]
+    (found,) = kinds(reports, "digest_disagreement")
+    assert (found["step"], found["blamed_rank"]) == (3, 0)
+    assert "in memory: the state of n0 hashes to" in found["reason"]
+
+
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(home: Path, clean: str) -> None:
     folder = home / "damaged"
     train(folder, steps=4, checkpoint_every=2)

@@ -257,9 +257,13 @@ class Story:
         told = replace(told, evidence=evidence[0], evidence_note=evidence[1])
         return self.feed(replace(told, attempt=attempt, first_attempt=first))
 
-    def disagreement(self, step: int, blamed: int, times: int = 0) -> list[Action]:
-        """Of committed states: the records' comparison, or what the ranks found, for how many times."""
-        digests = {rank: "bad" if rank == blamed else "good" for rank in range(self.state.jobs[self.job].world)}
+    def disagreement(self, step: int, blamed: int, times: int = 0, memory: bool = False) -> list[Action]:
+        """Of committed states: the records' comparison, or what the ranks found, for how many times.
+
+        `memory`: they were the same when they were committed.
+        """
+        ranks = range(self.state.jobs[self.job].world)
+        digests = {rank: "bad" if rank == blamed % len(ranks) and not memory else "good" for rank in ranks}
         return self.feed(
             events.DigestDisagreement(
                 time=self.now,
@@ -268,7 +272,7 @@ class Story:
                 step=step,
                 digests=digests,
                 blamed_rank=blamed,
-                reason="the other ranks agree",
+                reason="in memory: its state hashes to b, it was a" if memory else "the other ranks agree",
                 times=times,
             )
         )

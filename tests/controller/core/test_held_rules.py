@@ -168,6 +168,38 @@ def test_what_was_undecided_before_states_differed_is_another_try() -> None:
     assert story.state.jobs["run"].status == "RUNNING"
 
 
+def test_a_state_that_changed_in_memory_is_not_told_as_states_that_differ() -> None:
+    """Its digest was that of all; what it hashes to now stands in the reason."""
+    story = trained()
+    story.disagreement(12, blamed=1, times=1, memory=True)
+    (incident,) = story.state.incidents.values()
+    assert (incident.verdict, incident.node, incident.before_commit) == ("CORRUPT", "n1", False)
+    assert [note.text for note in incident.timeline] == [
+        "detected: the state of rank 1 after step 12 changed in memory",
+        "decided: CORRUPT: in memory: its state hashes to b, it was a",
+    ]
+    other = trained()
+    other.disagreement(12, blamed=1, times=1)
+    assert "differ: rank 0 good, rank 1 bad" in other.state.incidents["inc-0001"].timeline[0].text
+
+
+@pytest.mark.parametrize("blamed", [0, 1])
+def test_memory_that_changed_on_two_ranks_is_held_against_both(blamed: int) -> None:
+    story = trained()
+    story.disagreement(12, blamed=1, times=1, memory=True)
+    story.disagreement(12, blamed=blamed, times=1, memory=True)
+    assert len(story.state.incidents) == len(story.state.suspicion) == 2 - blamed
+
+
+def test_the_redo_of_a_state_whose_blame_came_late_is_judged() -> None:
+    story = trained()
+    story.disagreement(12, blamed=-1)
+    story.disagreement(12, blamed=1, times=1)
+    story.alarm(1, 12, attempt=2)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1", attempt=2)
+    assert story.of(Quarantine)
+
+
 def test_each_held_attempt_leaves_its_evidence_with_the_incident_or_says_why_not() -> None:
     story = trained()
     for attempt, evidence in ((1, ("first", "9 bytes")), (2, ("second", "")), (3, ("", "no room"))):
