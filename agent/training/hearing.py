@@ -43,24 +43,21 @@ class Hearing:
         self._daemon = daemon
 
     def hear(self, held: Held, outcome: Outcome) -> tuple[str, list[Judged]]:
-        """Judge all suspects, and say what was found; returns the trace of the last one, which the redo belongs to.
+        """Judge all suspects, then say what was found; returns the trace of the last one, which the redo belongs to.
 
-        That the software is to blame ends a job, so it is said last, and only if no device turned out to be.
+        Verdicts may end the generation, so the first is said when the last is known, and what ends most is said last:
+        that the software is to blame, and only if no device turned out to be.
         """
         traces: dict[int, str] = {}
         heard = []
         for suspect, ruling in self._cases(held, outcome):
             traces[suspect] = self.begin_trace(suspect, "alarm", held.step)
             with self._daemon.span("replay", traces[suspect], step=held.step, suspect=suspect, reason=outcome.reason):
-                judged = self._judged(held, suspect, ruling)
-                if judged.ruling.verdict is not Verdict.SOFTWARE:
-                    self._replayer.publish(held, judged)
-            heard.append(judged)
+                heard.append(self._judged(held, suspect, ruling))
         final = unless_spread(heard)
-        for before, judged in zip(heard, final, strict=True):
-            if before.ruling.verdict is Verdict.SOFTWARE:
-                with self._daemon.span("verdict", traces[judged.suspect], step=held.step, suspect=judged.suspect):
-                    self._replayer.publish(held, judged)
+        for judged in sorted(final, key=_ends):
+            with self._daemon.span("verdict", traces[judged.suspect], step=held.step, suspect=judged.suspect):
+                self._replayer.publish(held, judged)
         return traces[heard[-1].suspect], final
 
     def begin_trace(self, rank: int, name: str, step: int) -> str:
@@ -151,6 +148,13 @@ def _in_sums(told: Sequence[Told], suspect: int) -> bool:
     if one.sensors or one.garbled is not None:
         return False
     return one.strays or len({t.copy for t in told}) > 1
+
+
+def _ends(judged: Judged) -> int:
+    """How much a verdict may end: nothing, this generation, the job. Once a generation ends, no other verdict does."""
+    if judged.ruling.recurrent:
+        return 1
+    return {Verdict.UNDECIDED: 2, Verdict.SOFTWARE: 3}.get(judged.ruling.verdict or Verdict.CORRUPT, 0)
 
 
 def unless_spread(heard: Sequence[Judged]) -> list[Judged]:

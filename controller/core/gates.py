@@ -7,7 +7,7 @@ from controller.core.change import Change
 from controller.core.events import AuditResult, DigestDisagreement, GateAlarm, ReplayResult, Vote
 from controller.core.incidents import add_evidence, add_votes, open_incident
 from controller.core.placement import ready
-from controller.core.state import Gate, Job, JobStatus, Node
+from controller.core.state import UNDER_WAY, Gate, Job, JobStatus, Node
 from controller.core.verdicts import CORRUPT, UNDECIDED, rule
 
 
@@ -39,7 +39,7 @@ def replay_result(change: Change, event: ReplayResult) -> None:
     if not event.verdict:
         _third_vote(change, event)
         return
-    job = _running(change, event.job, event.generation, event.node)
+    job = _under_way(change, event.job, event.generation, event.node)
     if job is None or job.placed(event.rank) is None:
         return
     gate = _gate(change, job, event.step, event.rank, f"rank {event.rank} alarmed at step {event.step}")
@@ -66,7 +66,7 @@ def _told_already(change: Change, job: Job, gate: Gate, attempt: int, device: st
 
 def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
     """Ranks committed different states. The gate rolls back and redoes the step; the blamed device is held to it."""
-    job = _running(change, event.job, event.generation, event.node)
+    job = _under_way(change, event.job, event.generation, event.node)
     if job is None:
         return
     place = job.placed(event.blamed_rank)
@@ -161,8 +161,14 @@ def no_vote(change: Change, job: Job, replay: str, why: str) -> None:
 
 def _running(change: Change, job_id: str, generation: int, reporter: str) -> Job | None:
     """The job to alter, if the news is of its running generation and from a member of it (or from the controller)."""
+    job = _under_way(change, job_id, generation, reporter)
+    return job if job is not None and job.status is JobStatus.RUNNING else None
+
+
+def _under_way(change: Change, job_id: str, generation: int, reporter: str) -> Job | None:
+    """The same, also while that generation is being ended: of what it found nothing is lost."""
     known = change.state.jobs.get(job_id)
-    if known is None or known.generation != generation or known.status is not JobStatus.RUNNING:
+    if known is None or known.generation != generation or known.status not in UNDER_WAY:
         return None
     if reporter and not known.holds(reporter):
         return None

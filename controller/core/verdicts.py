@@ -16,6 +16,8 @@ CORRUPT, FALSE_ALARM, UNDECIDED, SOFTWARE = "CORRUPT", "FALSE_ALARM", "UNDECIDED
 def rule(change: Change, job: Job, key: str, event: ReplayResult, counts: bool = True) -> None:
     """Act on a verdict. It is held against the device as the policy weighs it; only repeated ones cost a restart.
 
+    Of a generation that is being ended already it is recorded and weighed; nothing is restarted twice, and the job ends
+    only where no device can help.
     counts: False of a corruption that was held against its device already, by what another rank made of it.
     """
     incident = change.incident(key)
@@ -36,7 +38,7 @@ def rule(change: Change, job: Job, key: str, event: ReplayResult, counts: bool =
         question = f"Which device corrupted {where}? {event.reason}"
         change.act(AskHuman, job, "", event.reason, incident=key, question=question)
         _judge_alarmed(change, job, event, blamed if _contradicted(event.votes) else doubted)
-        if event.recurrent:
+        if event.recurrent and job.restart is None:
             why = f"step {event.step} keeps failing its checks: {event.reason}"
             end(change, job, JobStatus.FAILED, why, key)
 
@@ -73,7 +75,9 @@ def _corrupt(change: Change, job: Job, incident: Incident, event: ReplayResult, 
     if level >= change.policy.quarantine_at:
         reasons.append(f"suspicion of it has come to {level:.2f}")
     stayed = event.recurrent or last == event.step
-    if reasons and event.blamed_node in change.state.nodes and (stayed or has_replacement(change, job)):
+    if reasons and job.restart is not None:
+        change.note(incident.id, f"{device}: {'; '.join(reasons)}; generation {job.generation} ends already")
+    elif reasons and event.blamed_node in change.state.nodes and (stayed or has_replacement(change, job)):
         _replace(change, job, incident.id, event.blamed_node, f"{device}: {'; '.join(reasons)}")
     elif reasons:  # its redone steps are clean, so the job goes on; a node of nobody's cannot be replaced
         question = f"{device} should be replaced and cannot be: {reasons[0]}. Add a node."

@@ -35,13 +35,14 @@ class Court:
 
     members = tuple(Member(f"n{rank}", f"cpu-n{rank}", rank) for rank in range(3))
 
-    def __init__(self, verdicts: dict[int, Verdict]) -> None:
+    def __init__(self, verdicts: dict[int, Verdict], recurrent: tuple[int, ...] = ()) -> None:
         self.verdicts = verdicts
+        self.recurrent = recurrent
         self.order: list[tuple[Any, ...]] = []
 
     def judge(self, held: Held, suspect: int) -> Judged:
         self.order.append(("judged", suspect))
-        return Judged(suspect, (), ruling(self.verdicts[suspect], suspect))
+        return Judged(suspect, (), ruling(self.verdicts[suspect], suspect, suspect in self.recurrent))
 
     def alarm(self, held: Held, suspect: int, votes: Any, needs_third: bool) -> None:
         self.order.append(("alarmed", suspect, *held.computation.alarms))
@@ -74,8 +75,8 @@ class Silent:
         yield f"{parent}/{name}"
 
 
-def heard(verdicts: dict[int, Verdict]) -> tuple[Court, list[Judged]]:
-    court = Court(verdicts)
+def heard(verdicts: dict[int, Verdict], recurrent: tuple[int, ...] = ()) -> tuple[Court, list[Judged]]:
+    court = Court(verdicts, recurrent)
     hearing = Hearing(court, Chorus(), Silent())  # type: ignore[arg-type]
     held = Held(1, 5, 1, QUIET, "digest", None)  # type: ignore[arg-type]
     _, found = hearing.hear(held, Outcome(Decision.REPLAY, "sensor alarm", suspects=tuple(verdicts)))
@@ -92,6 +93,15 @@ def test_a_suspect_whose_software_is_blamed_does_not_keep_the_next_from_being_ju
     ]
     assert [judged.ruling.verdict for judged in found] == [Verdict.UNDECIDED, Verdict.CORRUPT]
     assert "n2 corrupted the same step" in found[0].ruling.reason
+
+
+def test_no_verdict_is_said_before_all_are_judged_and_what_ends_most_is_said_last() -> None:
+    """The first one may have the workers stopped: what is not said by then is never said."""
+    verdicts = {0: Verdict.UNDECIDED, 1: Verdict.CORRUPT, 2: Verdict.FALSE_ALARM, 3: Verdict.CORRUPT}
+    court, found = heard(verdicts, recurrent=(1,))
+    assert [entry[0] for entry in court.order] == ["judged"] * 4 + ["published"] * 4
+    assert [entry[1] for entry in court.order if entry[0] == "published"] == [2, 3, 1, 0]
+    assert [judged.suspect for judged in found] == [0, 1, 2, 3]
 
 
 def test_software_stands_where_no_device_is_to_blame() -> None:

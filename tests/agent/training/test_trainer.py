@@ -65,8 +65,8 @@ def test_a_transient_corruption_is_caught_before_it_commits(
     assert {vote["node"] for vote in ruling["votes"]} == {"n0", "n1"}
     assert [entry["attempts"] for entry in kinds(reports, "step") if entry["step"] == 3] == [2, 2]
     spans = [(s["name"], s["traceparent"].partition("/")[0]) for s in kinds(reports, "span")]
-    assert {name for name, _ in spans} == {"resume", "first_step", "alarm", "replay", "redo"}
-    assert len({trace for name, trace in spans if name in ("alarm", "replay", "redo")}) == 1
+    assert {name for name, _ in spans} == {"resume", "first_step", "alarm", "replay", "verdict", "redo"}
+    assert len({trace for name, trace in spans if name in ("alarm", "replay", "verdict", "redo")}) == 1
 
 
 def test_without_sensors_the_same_corruption_commits(home: Path, clean: str) -> None:

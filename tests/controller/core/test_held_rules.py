@@ -200,6 +200,55 @@ def test_the_redo_of_a_state_whose_blame_came_late_is_judged() -> None:
     assert story.of(Quarantine)
 
 
+@pytest.mark.parametrize(
+    ("second", "blamed", "held"),
+    [("CORRUPT", "n0", 1), ("CORRUPT", "n1", 0), ("UNDECIDED", "", 1), ("FALSE_ALARM", "", 0)],
+)
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_verdicts_on_the_same_attempt_are_kept_though_the_first_ends_the_generation(
+    second: str, blamed: str, held: int, recurrent: bool
+) -> None:
+    """They are weighed as at any time, and order no second restart and no end of the job."""
+    story = trained(spares=2)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=True, attempt=1)
+    job = story.state.jobs["run"]
+    assert (job.status, job.generation) == ("RESTARTING", 1)
+    ordered = story.verdict(second, rank=0, step=12, blamed=blamed, recurrent=recurrent, attempt=1)
+    assert [type(action).__name__ for action in ordered] == (["AskHuman"] if second == "UNDECIDED" else [])
+    incident = story.state.incidents["inc-0002"]
+    assert (incident.verdict, len(incident.votes)) == (second, 2)
+    against = story.state.suspicion.get("serial-n0")
+    assert (against.faults + against.undecided if against else 0) == held
+    assert story.state.suspicion["serial-n1"].faults == 1 + (blamed == "n1" and recurrent)
+    story.result("StopGeneration", "n1")
+    assert (story.state.jobs["run"].status, story.state.jobs["run"].generation) == ("RUNNING", 2)
+    told = story.verdict("CORRUPT", rank=0, step=12, blamed="n0", recurrent=True, attempt=2)
+    assert told  # of the new generation
+    assert story.feed(replace(story.fed[-1][0], generation=1)) == []  # the negative control: of one that is over
+
+
+def test_states_that_differed_are_held_to_the_device_though_a_worker_ended_before_that_was_told() -> None:
+    story = trained()
+    story.exit(0, "collective", 13)
+    assert story.state.jobs["run"].status == "RESTARTING"
+    story.disagreement(12, blamed=1, times=1, memory=True)
+    assert story.state.suspicion["serial-n1"].faults == 1
+    assert (story.state.jobs["run"].status, story.state.jobs["run"].generation) == ("RESTARTING", 1)
+
+
+def test_what_comes_out_wrong_everywhere_ends_a_job_that_is_restarted_too() -> None:
+    story = trained()
+    story.exit(0, "collective", 12)
+    story.verdict("SOFTWARE", rank=1, step=12, attempt=1)
+    assert story.state.jobs["run"].status == "FAILED"
+
+
+def test_an_alarm_in_a_generation_that_is_ended_asks_for_no_vote() -> None:
+    story = trained()
+    story.exit(0, "collective", 12)
+    assert story.alarm(1, 12, third=True) == []
+
+
 def test_each_held_attempt_leaves_its_evidence_with_the_incident_or_says_why_not() -> None:
     story = trained()
     for attempt, evidence in ((1, ("first", "9 bytes")), (2, ("second", "")), (3, ("", "no room"))):
