@@ -31,9 +31,9 @@ REMEMBERED = 64
 FIRST_STEPS = 2
 FIRST_FLOOR_S = 60.0
 #: Least deadlines, in seconds. Computing is not disturbed for 5 s by anything but a fault, even with every core taken
-#: twice. A verdict waits up to 20 s for a third vote; a replay recomputes a step or two; a restore reads checkpoints
-#: from storage and a rendezvous waits for workers that are still being promoted.
-FLOORS_S = {"verdict": 30.0, "replay": 30.0, "restore": FIRST_FLOOR_S, "rendezvous": FIRST_FLOOR_S, "capture": 15.0}
+#: twice. A verdict waits up to 30 s for a third vote, or for another rank's replay; a replay recomputes a step; a
+#: restore reads checkpoints from storage and a rendezvous waits for workers that are still being promoted.
+FLOORS_S = {"verdict": 45.0, "replay": 30.0, "restore": FIRST_FLOOR_S, "rendezvous": FIRST_FLOOR_S, "capture": 15.0}
 FLOOR_S = 5.0
 
 

@@ -100,10 +100,9 @@ class Hearing:
 
     def _of_tokens(self, held: Held, suspects: Sequence[int]) -> tuple[int, Ruling]:
         """Each rank of the group computes its part again by itself: who sends other rows now misdirected them."""
-        deviates = self._replayer.deviates(held) if self._group.rank in suspects else False
-        rows = self._group.gather([int(deviates)])
         members = self._replayer.members
-        deviating = {s: (members[s].node, members[s].device) for s in suspects if rows[s][0]}
+        found = self._replayer.deviating(held, suspects)
+        deviating = {rank: (members[rank].node, members[rank].device) for rank in found}
         ruling, lead = tokens_ruling(deviating, suspects[0])
         return lead, ruling
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -59,14 +59,25 @@ class Judged:
 
 
 class Replayer:
-    """Carries out the replays that a held gate asks for; every rank calls `judge` with the same suspects."""
+    """Carries out the replays that a held gate asks for; every rank calls `judge` with the same suspects.
 
-    def __init__(self, engine: Engine, group: Group, members: Sequence[Member], daemon: Daemon) -> None:
+    It enters (step, phase) as it goes: "replay" for what this rank does itself, "verdict" to wait for others.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        group: Group,
+        members: Sequence[Member],
+        daemon: Daemon,
+        enter: Callable[[int, str], None],
+    ) -> None:
         self.engine = engine
         self.roles = Roles(engine, group)
         self.group = group
         self.members = tuple(members)
         self.daemon = daemon
+        self.enter = enter
         self._scratch = torch.empty(0)
         self._resent = Resent()
 
@@ -102,9 +113,15 @@ class Replayer:
         vote = None if self.engine.spec.mesh else self._from_spare(held, suspect, role, votes)
         return [] if vote is None else [vote]
 
-    def deviates(self, held: Held) -> bool:
-        """Whether this rank, computing its part again from what it received, now sends other rows than it did."""
+    def deviating(self, held: Held, suspects: Sequence[int]) -> list[int]:
+        """Which suspects, computing their part again from what they received, now send other rows than they did."""
+        mine = self.group.rank in suspects and self._deviates(held)
+        self.enter(held.step, "verdict")
+        return [rank for rank, (deviates,) in enumerate(self.group.gather([int(mine)])) if deviates]
+
+    def _deviates(self, held: Held) -> bool:
         rank = self.group.rank
+        self.enter(held.step, "replay")
         self.roles.hand_over(held.state, held.replica, rank, rank)
         with self.roles.acting(held.state, rank) as engine:
             found = engine.compute(held.step, rank, 0, self._scratch_buffer())
@@ -115,6 +132,7 @@ class Replayer:
         """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh."""
         if suspect != self.group.rank or held.original:
             return held
+        self.enter(held.step, "replay")
         self.roles.hand_over(held.state, held.replica, suspect, suspect)
         with self.roles.acting(held.state, suspect) as engine:
             vote = recompute(engine, self._scratch_buffer(), held.step, suspect, self.members[suspect], "original")
@@ -147,14 +165,17 @@ class Replayer:
             cast = (held.original, bool(alarms), finite)
             mine = Vote(role, here.node, here.device, os.getpid(), *cast, alarmed=places_of(alarms))
         elif role is not None:
+            self.enter(held.step, "replay")
             with self.roles.acting(held.state, suspect) as engine:
                 mine = recompute(engine, self._scratch_buffer(), held.step, suspect, here, role, number)
+        self.enter(held.step, "verdict")
         return [vote for vote in self.group.gather_objects(mine) if vote is not None]
 
     def _from_spare(self, held: Held, suspect: int, role: Role, votes: Sequence[Vote]) -> Vote | None:
         """Ask the controller for a spare's vote; every rank waits for the reporter's answer."""
         self.alarm(held, suspect, votes, needs_third=True)
         answer: list[dict[str, Any]] = []
+        self.enter(held.step, "verdict")
         if self.group.rank == self._reporter(suspect):
             answer = self.daemon.wait_vote(held.step, suspect, THIRD_VOTE_S)
         (cast,) = self.group.gather_objects(answer)[self._reporter(suspect)][:1] or (None,)
@@ -190,10 +211,12 @@ class Replayer:
         """The suspect leaves evidence and, after a false alarm, widens or mutes what raised it; all learn of both."""
         mine = (Left(), 0)
         if self.group.rank == suspect:
+            self.enter(held.step, "replay")
             left = leave(self.engine, held, suspect, self.members[suspect], votes, ruling, self.roles.record)
             false = ruling.verdict is Verdict.FALSE_ALARM
             guard, alarms = self.engine.guard, held.computation.alarms
             mine = left, guard.recalibrate(alarms) + guard.mute(alarms) if false else 0
+        self.enter(held.step, "verdict")
         concluded: tuple[Left, int] = self.group.gather_objects(mine)[suspect]
         return concluded
 

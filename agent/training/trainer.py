@@ -85,7 +85,7 @@ class Trainer:
         self.storage = Storage(Path(self.spec.storage), seat.job)
         self.division, source = divided(engine, group, self.transaction)
         members = [Member(*parts) for parts in group.gather_objects((here.node, here.device, here.pid))]
-        self.replayer = Replayer(engine, group, members, daemon)
+        self.replayer = Replayer(engine, group, members, daemon, self._enter)
         self.hearing = Hearing(self.replayer, group, daemon)
         self.recovery = Recovery(
             engine, group, self.transaction, self.division, source, self.storage, daemon, seat.generation
@@ -276,7 +276,7 @@ class Trainer:
 
     def _hold(self, held: Held, outcome: Outcome) -> str:
         """Nothing is committed until every suspect has a verdict; afterwards the step is redone, in the trace given."""
-        self._enter(held.step, "replay")
+        self._enter(held.step, "verdict")  # what a rank replays itself it enters for itself
         trace, heard = self.hearing.hear(held, outcome)
         rulings = [judged.ruling for judged in heard]
         if any(finding.alarm.sensor == AT_REST for finding in held.findings):
