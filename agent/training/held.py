@@ -28,7 +28,8 @@ class Held:
     `state` is the committed one: the job's whole state hashed to `digest` then, this rank's words to `own`, and on a
     mesh its neighbour's shard in it must hash to `replica`. `reduction` is what summing gave on this rank, `sums` what
     was wrong in it on any; `findings` are what kept a state that was made already from being committed. `first` is the
-    attempt with which this try of the step began: attempts go on where a roll-back takes a step again.
+    attempt with which this try of the step began: attempts go on where a roll-back takes a step again. `reason` is the
+    gate's.
     """
 
     generation: int
@@ -44,6 +45,7 @@ class Held:
     sums: tuple[Explained, ...] = ()
     findings: tuple[Finding, ...] = ()
     first: int = 1
+    reason: str = ""
 
 
 def vote_body(vote: Vote) -> dict[str, Any]:

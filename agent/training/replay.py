@@ -203,6 +203,7 @@ class Replayer:
                 "alarms": [alarm_body(alarm) for alarm in held.computation.alarms[:16]],
                 "votes": [vote_body(vote) for vote in votes],
                 "needs_third": needs_third,
+                "reason": held.reason,
             },
             urgent=True,
         )

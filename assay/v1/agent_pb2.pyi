@@ -327,7 +327,7 @@ class Alarm(_message.Message):
     def __init__(self, sensor: _Optional[str] = ..., module: _Optional[str] = ..., operation: _Optional[str] = ..., reading: _Optional[float] = ..., location: _Optional[str] = ..., **kwargs) -> None: ...
 
 class GateAlarm(_message.Message):
-    __slots__ = ("job", "generation", "step", "rank", "device", "attempt", "alarms", "votes", "needs_third", "evidence")
+    __slots__ = ("job", "generation", "step", "rank", "device", "attempt", "alarms", "votes", "needs_third", "evidence", "reason")
     JOB_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -338,6 +338,7 @@ class GateAlarm(_message.Message):
     VOTES_FIELD_NUMBER: _ClassVar[int]
     NEEDS_THIRD_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     job: str
     generation: int
     step: int
@@ -348,7 +349,8 @@ class GateAlarm(_message.Message):
     votes: _containers.RepeatedCompositeFieldContainer[Vote]
     needs_third: bool
     evidence: str
-    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., device: _Optional[str] = ..., attempt: _Optional[int] = ..., alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ..., votes: _Optional[_Iterable[_Union[Vote, _Mapping]]] = ..., needs_third: _Optional[bool] = ..., evidence: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., device: _Optional[str] = ..., attempt: _Optional[int] = ..., alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ..., votes: _Optional[_Iterable[_Union[Vote, _Mapping]]] = ..., needs_third: _Optional[bool] = ..., evidence: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ReplayResult(_message.Message):
     __slots__ = ("job", "generation", "step", "rank", "votes", "verdict", "blamed_node", "blamed_device", "recurrent", "reason", "action_id", "evidence", "evidence_note", "widened", "attempt", "first_attempt")

@@ -151,7 +151,10 @@ class ProgressStalled(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateAlarm(Event):
-    """The commit gate holds a step because of `rank` (the suspect, on `node`)."""
+    """The commit gate holds a step because of `rank` (the suspect, on `node`).
+
+    `reason` is the gate's, for there may be no alarm; an older agent gives none.
+    """
 
     job: str
     generation: int
@@ -163,6 +166,7 @@ class GateAlarm(Event):
     votes: tuple[Vote, ...]
     needs_third: bool
     evidence: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,7 @@ def gate_alarm(change: Change, event: GateAlarm) -> None:
     job = _running(change, event.job, event.generation, event.node)
     if job is None or job.placed(event.rank) is None:
         return
-    worst = max(event.alarms, key=lambda alarm: alarm.reading, default=None)
-    where = f": {worst.sensor} of {worst.module} {worst.pass_} reads {worst.reading:.3g}" if worst else ""
-    text = f"rank {event.rank} alarmed at step {event.step}{where}; the gate holds the step"
+    text = f"{_alarmed(event)}; the gate holds the step"
     known = f"{event.step}/{event.rank}" in job.gates
     gate = _gate(change, job, event.step, event.rank, text, device=event.device)
     incident = change.incident(gate.incident)
@@ -34,6 +32,15 @@ def gate_alarm(change: Change, event: GateAlarm) -> None:
         _ask(change, job, _keep(job, replace(gate, asked=event.attempt, role=role)), event)
 
 
+def _alarmed(event: GateAlarm) -> str:
+    """What held the step: the worst alarm, or what the rows of all ranks said where nothing alarmed at the suspect."""
+    worst = max(event.alarms, key=lambda alarm: alarm.reading, default=None)
+    if worst is None and event.reason:
+        return f"{event.reason} at step {event.step}, rank {event.rank} is asked"
+    where = f": {worst.sensor} of {worst.module} {worst.pass_} reads {worst.reading:.3g}" if worst else ""
+    return f"rank {event.rank} alarmed at step {event.step}{where}"
+
+
 def replay_result(change: Change, event: ReplayResult) -> None:
     """A spare's vote for a gate, or the gate's verdict."""
     if not event.verdict:
@@ -42,7 +49,7 @@ def replay_result(change: Change, event: ReplayResult) -> None:
     job = _under_way(change, event.job, event.generation, event.node)
     if job is None or job.placed(event.rank) is None:
         return
-    gate = _gate(change, job, event.step, event.rank, f"rank {event.rank} alarmed at step {event.step}")
+    gate = _gate(change, job, event.step, event.rank, f"the gate holds step {event.step}, rank {event.rank} was asked")
     # Alarm and verdict come from two nodes, so either may be the first to arrive.
     attempt = event.attempt or max(gate.attempt, 1)
     if gate.judged >= attempt:

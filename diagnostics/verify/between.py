@@ -127,10 +127,14 @@ def _at_fault(part: Summed) -> int | None:
 
 
 def _of_end(part: Summed, members: Sequence[tuple[str, str]]) -> Ruling:
-    if part.what != ADDED:
-        return handed_ruling(part.piece, members, "the reduction")
     node, device = members[part.piece.holder]
-    reason = f"in the reduction: what {node} added up is not the sum when it adds again: did not reproduce"
+    if part.what == ADDED:
+        reason = f"in the reduction: what {node} added up is not the sum when it adds again: did not reproduce"
+    elif part.piece.source == part.piece.holder:  # it was sent nowhere
+        what = f"the part of the sum that {node} made" if part.what == GATHERED else f"what {node} gave itself to add"
+        reason = f"in the reduction: {what} changed in its memory"
+    else:
+        return handed_ruling(part.piece, members, "the reduction")
     return Ruling(Verdict.CORRUPT, node, device, recurrent=False, needs=None, reason=reason)
 
 

@@ -42,6 +42,7 @@ def test_whoever_does_not_hash_a_piece_as_before_is_to_blame(
 def test_what_a_device_sent_itself_is_its_own_fault() -> None:
     ruling = piece_ruling(Holder("n2", "cpu-n2", 5, 5), Holder("n2", "cpu-n2", 6, 6))
     assert (ruling.verdict, ruling.blamed_node) == (Verdict.CORRUPT, "n2")
+    assert "on its way from n2 to itself" in ruling.reason
 
 
 MEMBERS = [(f"n{rank}", f"cpu-n{rank}") for rank in range(4)]
@@ -108,7 +109,7 @@ def part(
         ([part(GIVEN, 0, 1)], {}, "a piece changed on its way from n0 to n1"),
         ([part(GIVEN, 0, 1, gave=7)], {0}, "what n0 sent does not hash as it did"),
         ([part(GIVEN, 0, 1, holds=7)], {1}, "what n1 received does not hash as it did"),
-        ([part(GIVEN, 2, 2)], {2}, "from n2 to itself"),
+        ([part(GIVEN, 2, 2)], {2}, "what n2 gave itself to add changed in its memory"),
         ([part(GIVEN, 0, 1), part(GIVEN, 0, 2)], {0}, "n0 is an end of each"),
         ([part(GIVEN, 0, 3), part(GIVEN, 1, 3), part(GIVEN, 2, 3)], {3}, "3 pieces"),
         ([part(GIVEN, 0, 1), part(GIVEN, 1, 2)], {1}, "n1 is an end of each"),
@@ -121,7 +122,7 @@ def part(
         ([part(GATHERED, 0, 1, gave=7)], {0}, "what n0 sent"),
         ([part(GATHERED, 0, 1), part(GATHERED, 0, 2)], {0}, "n0 is an end of each"),
         ([part(GATHERED, 0, 1, held=5, holds=5)], {}, "the hash of a piece changed"),
-        ([part(GATHERED, 1, 1)], {1}, "to itself"),
+        ([part(GATHERED, 1, 1)], {1}, "the part of the sum that n1 made changed in its memory"),
     ],
 )
 def test_a_sum_is_judged_by_its_parts(parts: list[Summed], blamed: set[int], told: str) -> None:

@@ -39,6 +39,7 @@ class Court:
         self.verdicts = verdicts
         self.recurrent = recurrent
         self.order: list[tuple[Any, ...]] = []
+        self.reason = ""
 
     def judge(self, held: Held, suspect: int) -> Judged:
         self.order.append(("judged", suspect))
@@ -46,6 +47,7 @@ class Court:
 
     def alarm(self, held: Held, suspect: int, votes: Any, needs_third: bool) -> None:
         self.order.append(("alarmed", suspect, *held.computation.alarms))
+        self.reason = held.reason
 
     def publish(self, held: Held, judged: Judged) -> None:
         self.order.append(("published", judged.suspect, judged.ruling.verdict))
@@ -161,3 +163,4 @@ def test_copies_that_differ_though_all_else_compares_are_nobodys() -> None:
     _, found = hearing.hear(held, Outcome(Decision.REPLAY, "copies differ", suspects=(0, 1, 2)))
     assert [(judged.suspect, judged.ruling.verdict) for judged in found] == [(0, Verdict.UNDECIDED)]
     assert "copies of the sum differ" in found[0].ruling.reason
+    assert court.reason == "copies differ"

@@ -118,14 +118,14 @@ OF_THREE: list[Case] = [
     (Garble("give", 1, 4, before=True, bit=0), 1, "what n1 sent does not hash as it did"),
     (Garble("hash", 2, 5, call=6, how="hash"), 2, "what n2 received does not hash as it did"),
     (Garble("hash", 1, 6, how="hash"), 1, "what n1 sent does not hash as it did"),
-    (Garble("last piece", 2, 7, before=True, bit=0), 2, "a piece changed on its way from n2 to itself"),
+    (Garble("last piece", 2, 7, before=True, bit=0), 2, "what n2 gave itself to add changed in its memory"),
     (Garble("add", 0, 8, call=1, bit=0), 0, "what n0 added up is not the sum when it adds again"),
-    (Garble("hash", 0, 9, call=9, how="hash"), 0, "n0 to itself"),
+    (Garble("hash", 0, 9, call=9, how="hash"), 0, "the part of the sum that n0 made changed in its memory"),
     (Garble("trade", 1, 10, call=2, bit=0), 1, "n1 alone does not hold the sum that its owner made"),
     (Garble("trade", 1, 11, call=2, every=True), 1, "2 pieces changed on their way, and n1 is an end of each"),
     (Garble("give", 2, 12, call=2, apart=True, every=True), 2, "n2 is an end of each"),
     (Garble("give", 0, 13, call=2, before=True), 0, "what n0 sent does not hash as it did"),
-    (Garble("sum at rest", 1, 14, before=True, bit=0), 1, "a piece changed on its way from n1 to itself"),
+    (Garble("sum at rest", 1, 14, before=True, bit=0), 1, "the part of the sum that n1 made changed in its memory"),
 ]
 #: Where nobody else can tell, what changed on its way to be added is nobody's.
 OF_TWO: list[Case] = [

@@ -6,7 +6,7 @@ import pytest
 from story import started, trained
 
 from controller.core.actions import Quarantine, Replay
-from controller.core.events import FindingRaised, ProbeResult
+from controller.core.events import FindingRaised, GateAlarm, ProbeResult
 from controller.core.incidents import incident_document
 from controller.core.policy import Policy
 
@@ -118,6 +118,26 @@ def test_what_was_committed_wrong_was_not_caught_before_the_commit(held: bool) -
     story.alarm(1, 12, attempt=3 if held else 2)  # the redo, whose attempts go on
     story.verdict("CORRUPT", rank=1, step=12, blamed="n1")
     assert story.of(Quarantine)
+
+
+@pytest.mark.parametrize(
+    ("alarmed", "reason", "told"),
+    [
+        (False, "reduced gradient is not finite", "reduced gradient is not finite at step 12, rank 1 is asked"),
+        (False, "", "rank 1 alarmed at step 12"),  # an older agent's
+        (True, "sensor alarm", "rank 1 alarmed at step 12: gemm of layers.1.moe.experts.3.gate fprop reads 41.5"),
+    ],
+)
+def test_a_step_that_is_held_without_an_alarm_is_told_by_the_gates_reason(
+    alarmed: bool, reason: str, told: str
+) -> None:
+    known = trained()
+    known.alarm(1, 12)
+    event = known.fed[-1][0]
+    assert isinstance(event, GateAlarm)
+    story = trained()
+    story.feed(replace(event, reason=reason, alarms=event.alarms if alarmed else ()))
+    assert story.state.incidents["inc-0001"].timeline[0].text == f"detected: {told}; the gate holds the step"
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])

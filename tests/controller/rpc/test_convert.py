@@ -50,7 +50,9 @@ def test_every_report_of_the_wire_is_read() -> None:
 def test_every_field_of_an_alarm_comes_through() -> None:
     report = pb.Report(seq=3, time=1.0)
     report.gate_alarm.CopyFrom(
-        pb.GateAlarm(job="j", generation=2, step=9, rank=1, device="d", attempt=2, needs_third=True, evidence="e")
+        pb.GateAlarm(
+            job="j", generation=2, step=9, rank=1, device="d", attempt=2, needs_third=True, evidence="e", reason="r"
+        )
     )
     setattr(alarm := report.gate_alarm.alarms.add(sensor="gemm", reading=math.inf), "pass", "dgrad")
     assert alarm.sensor == "gemm"
@@ -68,6 +70,7 @@ def test_every_field_of_an_alarm_comes_through() -> None:
         votes=(events.Vote("peer", "n1", "d1", 5, "x", True),),
         needs_third=True,
         evidence="e",
+        reason="r",
     )
 
 
