@@ -86,10 +86,11 @@ def deviation(struck: Struck) -> Deviation:
     excess = limit(struck)
     if excess is None:
         return Deviation(_short(sizes.max()), None, None)
-    worst = int(excess.argmax())
-    above, size = _promised(excess, harm.changed, _is_energy(struck)), float(sizes[worst])
+    above = _promised(excess, harm.changed, _is_energy(struck))
     if limit is _bit_by_bit:
-        return Deviation(_short(size), 0.0, above)
+        return Deviation(_short(sizes.max()), 0.0, above)
+    worst = int(excess.argmax())
+    size = float(sizes[worst])
     if not math.isfinite(size):  # the floor is that of the row, whatever stands in it
         finite = replace(struck, delta=torch.where(torch.isfinite(struck.delta), struck.delta, 1.0))
         excess = cast(Tensor, limit(finite))

@@ -178,3 +178,11 @@ def test_what_is_hashed_where_it_lies_has_no_floor_to_exceed() -> None:
     told = of(None, (), (), torch.arange(4).view(2, 2), torch.zeros(2, 2, dtype=torch.int64))
     assert told == Deviation(None, 0.0, True)
     assert not of(None, (), (), out, out.clone()).above
+
+
+@pytest.mark.parametrize("func", [None, aten.celu.default])
+def test_where_every_bit_is_compared_the_worst_row_is_that_of_the_largest_difference(func: Any) -> None:
+    out = torch.ones(4, 4)
+    bad = out + torch.tensor([[0.0], [1e-3], [2.0], [1e-3]])
+    told = of(func, (out,), (), out, bad)
+    assert (told.size, told.floor, told.above) == (4.0, 0.0, True)
