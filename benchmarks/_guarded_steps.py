@@ -23,13 +23,13 @@ from benchmarks._touched import Touched
 from diagnostics.sensors.announced import Announced
 from diagnostics.sensors.checks.registry import plan_of
 from diagnostics.sensors.coverage import Coverage, CoverageRow
-from diagnostics.sensors.guard import Guard, GuardedStep
+from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.inspection import Inspection
 from diagnostics.sensors.outlay import seconds_an_operator
 from diagnostics.sensors.upkeep import Upkeep
 
-# Steps before the first round: the first plain one asks for memory, and a budget learns its share in two of its own.
-WARM = 2
+# Steps of a budget before the first round, in which it learns its share; False: of one that draws steps, unwatched.
+WARM = (True, True, False, False, True)
 #: Marks: of everything checked, and of a sample, at hidden 2048 and above.
 FULL, SAMPLED = 0.02, 0.008
 CPU = torch.device("cpu")
@@ -58,12 +58,16 @@ SETTINGS = (
 
 
 class Cost(NamedTuple):
-    """Of one way, by round. A guarded way has all four, others the ratios only."""
+    """Of one way, by round. A guarded way has all four, others the ratios only.
+
+    Where a budget has one step in several watched, a round takes one that is and one that is not, and reckons the mean
+    over the period from them.
+    """
 
     ratios: list[float]  # to the plain steps before and after
     own: list[float]  # by the checks' own clock, a share of the step's other time
     optimizer: list[float]  # of that, what the optimizer's checks took
-    shares: list[float]  # of the calls, that the sampler drew
+    shares: list[float]  # the chance of a call to be drawn
 
 
 class Covered(NamedTuple):
@@ -75,8 +79,8 @@ class Covered(NamedTuple):
     at_rest: float | None
 
     def __str__(self) -> str:
-        told = f"{self.products:.3f} of products, {self.operators:.3f} of all operators"
-        return told if self.at_rest is None else f"{told}, {self.at_rest:.3f} of tensors at rest"
+        told = f"{self.products:.3g} of products, {self.operators:.3g} of all operators"
+        return told if self.at_rest is None else f"{told}, {self.at_rest:.3g} of tensors at rest"
 
 
 class ProductsAlone:
@@ -128,6 +132,7 @@ class Bench:
             guard = self.guards[setting.name] = Guard(self.model, watched, setting.budget, setting.again)
             self._aside[setting.name] = [] if guard.upkeep is None else _noted(guard.upkeep)
         self.plain: list[float] = []  # seconds of the rounds' unguarded steps
+        self.operators = 0  # of a watched step
 
     def _adamw(self) -> AdamW:
         return AdamW(self.model.parameters(), _LEARNING_RATE, foreach=True)
@@ -161,14 +166,18 @@ class Bench:
         finally:
             torch.use_deterministic_algorithms(False)
 
-    def costs(self, rounds: int) -> dict[str, Cost]:
-        """By setting, from rounds of one step each between plain ones; "deterministic" among them."""
+    def costs(self, rounds: int, of_budgets: int = 0) -> dict[str, Cost]:
+        """By setting, from rounds of one step each between plain ones; "deterministic" among them.
+
+        of_budgets: rounds more of the budgets alone, whose costs are smaller than a step's noise.
+        """
         self._warm()
         costs = {name: Cost([], [], [], []) for name in ("deterministic", *self.guards)}
+        budgets = [setting for setting in SETTINGS if setting.budget is not None]
         before = self._seconds(self.step)
-        for _ in range(rounds):
-            took = {"deterministic": self._seconds(self.deterministic)}
-            for setting in SETTINGS:
+        for number in range(rounds + of_budgets):
+            took = {"deterministic": self._seconds(self.deterministic)} if number < rounds else {}
+            for setting in SETTINGS if number < rounds else budgets:
                 took[setting.name] = self._timed(setting, costs[setting.name])
             after = self._seconds(self.step)
             for name, seconds in took.items():
@@ -182,24 +191,42 @@ class Bench:
         self.passes()
         self.step()
         for setting in SETTINGS:
-            for _ in range(0 if setting.budget is None else WARM):
-                self.guarded(setting)
+            for watched in () if setting.budget is None else WARM:
+                self._taken(setting, watched)
         for guard in self.guards.values():
             guard.account = Coverage()
 
     def _timed(self, setting: Setting, cost: Cost) -> float:
+        """The mean over the steps of a period, the sampler's."""
+        guard = self.guards[setting.name]
+        guard.spending.settle()
+        period = guard.sampler.period
+        cost.shares.append(guard.sampler.chance)
+        taken = [self._taken(setting, watched=True)]
+        if period > 1:
+            taken += [self._taken(setting, watched=False)] * (period - 1)
+            for _ in range(period - 2):  # the others of the period, which are as the one that was taken
+                guard.account.step(watched=False)
+        seconds, checks, aside = (statistics.fmean(each) for each in zip(*taken, strict=True))
+        cost.own.append(checks / (seconds - checks))
+        cost.optimizer.append(aside / (seconds - checks))
+        return seconds
+
+    def _taken(self, setting: Setting, watched: bool) -> tuple[float, float, float]:
+        """Seconds of one step, of its checks by their own clock, and of these of the optimizer's.
+
+        watched: whether this step is, if the budget draws steps.
+        """
         guard, aside = self.guards[setting.name], self._aside[setting.name]
-        cost.shares.append(guard.sampler.share)
         aside.clear()
+        guard.sampler.watches = watched or guard.sampler.period == 1
         seconds = self._seconds(lambda: self.guarded(setting))
         step = guard.current
         assert step is not None
         if guard.upkeep is not None:
             guard.upkeep.spent()
-        checks = sum(aside) + step.seconds + step.operators * seconds_an_operator()
-        cost.own.append(checks / (seconds - checks))
-        cost.optimizer.append(sum(aside) / (seconds - checks))
-        return seconds
+        self.operators = step.operators or self.operators
+        return seconds, sum(aside) + step.seconds + step.operators * seconds_an_operator(), sum(aside)
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         """What it took until the device was through with it."""
@@ -212,16 +239,17 @@ class Bench:
     def struck(self, setting: Setting, share: float, times: int) -> list[Flip]:
         """Each operator of one step of this setting struck so many times, and each fault judged.
 
-        share: of the calls, that the sampler draws; a budget, which the faults' time would upset, is set aside.
+        share: the chance of a call to be drawn; the budget, which the faults' time would upset, is set aside.
         """
         guard = self.guards[setting.name]
-        budget, learned = guard.sampler.budget, guard.sampler.share
-        guard.sampler.budget, guard.sampler.share = None, share
+        sampler = guard.sampler
+        learned = vars(sampler).copy()
+        sampler.budget, sampler.share, sampler.period, sampler.watches = None, share, 1, True
         try:
             narrow = (lambda: self._narrow(guard)) if setting.products else (lambda: None)
             return strike_all(guard, self.passes, times, narrow=narrow)
         finally:
-            guard.sampler.budget, guard.sampler.share = budget, learned
+            vars(sampler).update(learned)
 
     def _narrow(self, guard: Guard) -> None:
         eyes = eyes_of_step()
@@ -239,11 +267,9 @@ class Bench:
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         return sum(value.nbytes for value in (*self.model.parameters(), *moments))
 
-    def watching(self, name: str) -> float:
+    def watching(self) -> float:
         """What looking at a step's operators takes at least, drawn or not: a share of the plain step's time."""
-        step = self.guards[name].current
-        assert isinstance(step, GuardedStep)
-        return step.operators * seconds_an_operator() / statistics.median(self.plain)
+        return self.operators * seconds_an_operator() / statistics.median(self.plain)
 
     def covered(self, setting: Setting) -> Covered:
         """What the timed steps covered."""

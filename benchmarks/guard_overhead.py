@@ -9,15 +9,17 @@ freed is kept for the next step, on both sides. Beside each cost stand, of the s
 - the recall, by flips of any bit of any element of any result of forward and backward, every operator struck equally
   often; of all operators, of the products among them, and of the products by bits of the upper half, the sign one of
   them. Each fault is judged by the check of its own call and taken back before it is used (`_struck.py`), so that one
-  step bears hundreds. A budget draws the share of the calls that it drew in the timed steps, on the average;
+  step bears hundreds. A budget draws each call with the chance that it had in the timed steps, on the average;
 - the checks' own clock, a share of the step's other time: it meets less of the machine's noise than a ratio of steps;
 - what the cost cannot go below, unless the caches hold it: each operand and result of what is checked read once, what
-  autograd keeps and the optimizer's state twice, as fast as the same threads read memory; and, of a budget, what it
-  takes to look at each operator and check none. In 16 bits a product takes a third or less of fp32's time, but its
-  operands half of fp32's bytes.
+  autograd keeps and the optimizer's state twice, as fast as the same threads read memory. In 16 bits a product takes a
+  third or less of fp32's time, but its operands half of fp32's bytes.
 
-"products alone" checks the products of the step and nothing else. A mark is met only where something is covered.
-Meant for a machine that does nothing else: two threads wait for each other at every operator. There all takes some 18
+"products alone" checks the products of the step and nothing else. A budget's clock is the mean of its rounds, which is
+what it promises, and it has more rounds, a plain step and a guarded one in turn, with the median's 95 % interval; where
+looking at each operator takes too much of it (the figure is there) it has whole steps watched, now and then, and a
+round takes one that is and one that is not. A mark is met only where something is covered.
+Meant for a machine that does nothing else: two threads wait for each other at every operator. There all takes some 30
 minutes by the times of its steps (17 s and 5 s at hidden 2048); the last figure says what it took.
 
 `--device cuda` takes hidden 2048 and 4096 on a GPU instead, and a stack of layers: each step is timed until the device
@@ -42,7 +44,7 @@ from benchmarks._figures import Figure, document
 from benchmarks._guarded_steps import SETTINGS, Bench, Cost, Covered, Setting
 from benchmarks._struck import Flip
 from benchmarks._touched import Touched, bytes_a_second
-from benchmarks.campaign.intervals import wilson
+from benchmarks.campaign.intervals import of_median, wilson
 
 THREADS = 2
 TOKENS = 8192
@@ -58,20 +60,21 @@ class Size(NamedTuple):
     tokens: int
     rounds: int
     faults: int
+    of_budgets: int = 0
     layers: int = 1
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
 SIZES = {
     "cpu": (  # hidden 2048 takes 15 s a step in fp32, 4.5 s in bf16: of few rounds, all takes minutes
-        Size(256, TOKENS, 5, 12),
-        Size(2048, TOKENS, 5, 6, dtypes=(torch.bfloat16,)),
-        Size(2048, TOKENS, 3, 6, dtypes=(torch.float32,)),
+        Size(256, TOKENS, 5, 12, 10),
+        Size(2048, TOKENS, 5, 6, 20, dtypes=(torch.bfloat16,)),
+        Size(2048, TOKENS, 3, 6, 14, dtypes=(torch.float32,)),
     ),
     "cuda": (  # fp32 steps, without tensor cores, take ten times as long: of fewer rounds
         Size(2048, TOKENS, 9, 12, dtypes=(torch.bfloat16,)),
         Size(4096, TOKENS, 9, 12, dtypes=(torch.bfloat16,)),
-        Size(2048, TOKENS, 7, 6, 4, (torch.bfloat16,)),
+        Size(2048, TOKENS, 7, 6, layers=4, dtypes=(torch.bfloat16,)),
         Size(2048, TOKENS, 5, 12, dtypes=(torch.float32,)),
         Size(4096, TOKENS, 3, 12, dtypes=(torch.float32,)),
     ),
@@ -79,48 +82,56 @@ SIZES = {
 QUICK = (Size(128, 512, 1, 2),)
 
 
-def figures(bench: Bench, name: str, large: bool, rounds: int, faults: int, speed: float) -> Iterable[Figure]:
+def figures(bench: Bench, name: str, size: Size, speed: float) -> Iterable[Figure]:
     """Every setting's cost with its coverage, its limit and its recall; speed: bytes a second."""
-    costs, touched = bench.costs(rounds), bench.touched()
+    rounds, large = size.rounds, size.hidden >= LARGE
+    costs, touched = bench.costs(rounds, size.of_budgets), bench.touched()
     cost, plain = statistics.median(costs.pop("deterministic").ratios) - 1, statistics.median(bench.plain)
-    yield Figure(f"{name}: a plain step", plain, "s", "lower", samples=rounds)
+    yield Figure(f"{name}: a plain step", plain, "s", "lower", samples=len(bench.plain))
     yield Figure(f"{name}: deterministic kernels alone", cost, UNIT, "lower", samples=rounds)
+    yield watching(f"{name}: watching every operator, checking none", bench)
     for setting in SETTINGS:
         seen, called = costs[setting.name], f"{name}: {setting.name}"
         yield of_cost(called, setting, seen, bench.covered(setting), large, clocked=bench.tokens.device.type == "cpu")
         if setting.name == "everything" and bench.tokens.device.type == "cpu":
             own = statistics.median(seen.optimizer)
             yield Figure(f"{called}, of that the optimizer's checks", own, UNIT, "lower", samples=rounds)
-        yield limit(f"{name}: limit, {setting.name}", setting, bench, touched, speed)
-        yield from recalls(name, setting, bench.struck(setting, statistics.mean(seen.shares), faults))
+        if setting.budget is None:
+            yield limit(f"{name}: limit, {setting.name}", setting, bench, touched, speed)
+        yield from recalls(name, setting, bench.struck(setting, statistics.mean(seen.shares), size.faults))
 
 
 def of_cost(called: str, setting: Setting, seen: Cost, covered: Covered, large: bool, clocked: bool) -> Figure:
-    """A cost with its coverage and the rounds' range.
+    """A cost with its coverage, the rounds' range, and what else of it is known.
 
-    Its mark is met by a cost that buys something: coverage that three digits show; and by the checks' own clock too,
-    since a ratio of steps may come out below it by noise.
+    Its mark is met by a cost that buys something: coverage that is not nothing; and by the checks' own clock too, since
+    a ratio of steps may come out below it by noise.
 
     clocked: whether the checks' own clock is the device's too; a GPU's is not the host's.
     """
     cost, rounds = statistics.median(seen.ratios) - 1, len(seen.ratios)
     told = f"{covered}; rounds {min(seen.ratios) - 1:.3f}..{max(seen.ratios) - 1:.3f}"
+    if (within := of_median(seen.ratios)) is not None:
+        told += f", the median's 95 % interval {within[0] - 1:.4f}..{within[1] - 1:.4f}"
     figure = Figure(called, cost, UNIT, "lower", setting.target if large else None, coverage=told)
     figure.samples = rounds
     if clocked:
-        figure.peer, figure.peer_value = "the checks' own clock", statistics.median(seen.own)
+        middle = statistics.median if setting.budget is None else statistics.fmean  # a budget is kept on the average
+        figure.peer, figure.peer_value = "the checks' own clock", middle(seen.own)
         figure.met = figure.met and figure.target is not None and figure.peer_value <= figure.target
-    if figure.met and round(covered.operators, 3) == 0:
+    if figure.met and covered.operators == 0:
         figure.met, figure.coverage = False, f"{covered}: what checks nothing meets no mark"
     return figure
 
 
+def watching(called: str, bench: Bench) -> Figure:
+    """What looking at each operator takes: where it is too much of a budget, that one has steps drawn, not calls."""
+    told = (called, bench.watching(), UNIT, "lower", None, None, "operators watched", bench.operators)
+    return Figure(*told, samples=1)
+
+
 def limit(called: str, setting: Setting, bench: Bench, touched: Touched, speed: float) -> Figure:
-    """What the setting's cost cannot go below: by bytes that must be read, or, of a budget, by watching operators."""
-    if setting.budget is not None:
-        told = (called, bench.watching(setting.name), UNIT, "lower", None, None, "operators watched")
-        step = bench.guards[setting.name].current
-        return Figure(*told, None if step is None else step.operators, samples=1)
+    """What the setting's cost cannot go below, by bytes that must be read."""
     least = touched.identities + setting.again * (touched.again + touched.saved) + 2 * bench.at_rest()
     if setting.products:
         least = touched.products
@@ -150,7 +161,7 @@ def of_size(size: Size, dtype: torch.dtype, device: torch.device, speed: float) 
     name = f"hidden {size.hidden}, " + (f"{size.layers} layers, " if size.layers > 1 else "")
     name += "fp32" if dtype == torch.float32 else "bf16"
     bench = Bench(size.hidden, dtype, size.tokens, size.layers, device)
-    yield from figures(bench, name, size.hidden >= LARGE, size.rounds, size.faults, speed)
+    yield from figures(bench, name, size, speed)
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
 
+from diagnostics.sensors.sampling import NOT_WATCHED
+
 # A failing check's messages may differ in every call.
 _REASONS = 4
 
@@ -20,9 +22,10 @@ def broken(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CoverageRow:
-    """How much of one operator at one place was checked: `checked` in 0..1 of `calls`; `reason` why not all.
+    """How much of one operator at one place was checked: `checked`, a share in 0..1; `reason` why not all.
 
-    Several reasons are divided by semicolons.
+    Several reasons are divided by semicolons. calls: that were seen; where a budget lets whole steps go unwatched,
+    `checked` counts as many calls in each of these, unchecked.
     """
 
     module: str
@@ -54,6 +57,12 @@ class Coverage:
         self._calls: dict[tuple[str, str, str], int] = {}
         self._checked: dict[tuple[str, str, str], int] = {}
         self._reasons: dict[tuple[str, str, str], list[str]] = {}
+        self._watched = self._steps = 0
+
+    def step(self, watched: bool) -> None:
+        """One step; in one that was not watched nothing was counted, and as many calls were not checked."""
+        self._steps += 1
+        self._watched += watched
 
     def count(self, module: str, operation: str, pass_: str, checked: bool, reason: str = "") -> None:
         """One call that was checked, or was not because of `reason`."""
@@ -91,5 +100,9 @@ class Coverage:
         return [self._row(key, calls, self._checked.get(key, 0)) for key, calls in self._calls.items()]
 
     def _row(self, key: tuple[str, str, str], calls: int, checked: int) -> CoverageRow:
-        reason = "" if calls and checked == calls else "; ".join(self._reasons.get(key, ()))
-        return CoverageRow(*key, checked / calls if calls else 0.0, reason, calls)
+        reasons = [] if calls and checked == calls else self._reasons.get(key, [])
+        share = checked / calls if calls else 0.0
+        if self._watched < self._steps:
+            share *= self._watched / self._steps
+            reasons = [*reasons, NOT_WATCHED]
+        return CoverageRow(*key, share, "; ".join(reasons), calls)

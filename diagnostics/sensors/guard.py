@@ -17,6 +17,7 @@ from diagnostics.sensors.guarded_step import GuardedStep
 from diagnostics.sensors.places import Places
 from diagnostics.sensors.readings import ReadingLog
 from diagnostics.sensors.sampling import Sampler
+from diagnostics.sensors.spending import Spending
 from diagnostics.sensors.statistics import Histories
 from diagnostics.sensors.tolerance import ToleranceTable, Widening, shipped_table
 from diagnostics.sensors.upkeep import Upkeep
@@ -36,7 +37,8 @@ class Guard:
             moments must be, when the next guarded step begins, what the update left: else that step has an alarm, and
             so has every later one until the state is put right (see `forget`).
         budget: the checks' share of a step's other time, e.g. 0.01, those of the optimizer and the watching of every
-            operator included; calls, updates and tensors at rest are sampled to keep it. None: no limit.
+            operator included; calls, updates and tensors at rest are sampled to keep it, or whole steps where watching
+            alone takes half of it, and on GPUs. None: no limit.
         again: share of the calls of operators without an identity (element-wise work, moves), and of thin ones beside
             theirs, that are run once more, and of the tensors kept for the backward that are hashed.
         tolerance_scale: what every shipped tolerance is multiplied by; what is compared bit for bit has none.
@@ -73,6 +75,7 @@ class Guard:
         self.widening = Widening(tolerance_scale)
         self.sampler = Sampler(budget)
         self.upkeep = Upkeep(model, optimizer, self.sampler) if optimizer is not None and enabled else None
+        self.spending = Spending(self.sampler, self.upkeep)
         self.device = _device(model)
         self.log = ReadingLog(self.device)
         self.histories = Histories()
@@ -95,6 +98,7 @@ class Guard:
                 raise RuntimeError("a step of this guard is under way: leave its `with` block before the next begins")
             self.current.settle()
             self._failures += self.current.failures
+            self.spending.settle()
         self.log.clear()
         device = _device(self._model)
         if self.enabled and device.type == "meta":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -24,13 +23,13 @@ from diagnostics.sensors.coverage import NothingToCheck
 from diagnostics.sensors.given import check_scalar, check_scalars, check_tensor
 from diagnostics.sensors.inspection import Inspection
 from diagnostics.sensors.observed import Observed
-from diagnostics.sensors.outlay import seconds_an_operator
 from diagnostics.sensors.places import UNNAMED, Place
 from diagnostics.sensors.quiet import quiet
 from diagnostics.sensors.regions import follow
 from diagnostics.sensors.sampling import NOT_DRAWN
 from diagnostics.sensors.saved import Saved
 from diagnostics.sensors.statistics import Comparison, Statistic
+from diagnostics.sensors.stopwatch import Stopwatch
 from diagnostics.sensors.upkeep import CORRUPTED, Upkeep
 from diagnostics.sensors.watch import Eyes, Keeper
 
@@ -64,7 +63,8 @@ class GuardedStep:
         self._key = key
         self._modes = ExitStack()
         self._eyes: Eyes | None = None
-        self._begun = 0.0
+        self._clock = Stopwatch()
+        self._watched = guard.enabled and guard.sampler.watches
         self._entered = self._left = False
         self._observed = Observed()
         self._settled: Seen | None = None
@@ -88,9 +88,9 @@ class GuardedStep:
         if guard.current is not self:
             raise RuntimeError("a later step of this guard was made: enter that one, `with guard.step() as step:`")
         self._entered = True
-        if guard.enabled:
-            if guard.upkeep is not None:
-                self._look_back(guard.upkeep)
+        if guard.enabled and guard.upkeep is not None:
+            self._look_back(guard.upkeep)
+        if self._watched:
             if self._inspection.all_seen:
                 with quiet():
                     self._inspection.tried("parameters", self._ask_parameters)
@@ -106,13 +106,19 @@ class GuardedStep:
                 self._modes.enter_context(standing(Saved(self._inspection, self._eyes.formulas)))
             else:
                 guard.account.note(UNNAMED, "saved tensors", HOOKLESS)
-            self._begun = time.perf_counter()
+        if guard.sampler.budget is not None:
+            self._clock.begin(guard.device)
         return self
 
     @property
     def under_way(self) -> bool:
         """Whether the step's block has been entered and not left."""
         return self._entered and not self._left
+
+    @property
+    def watched(self) -> bool:
+        """Whether its operators are looked at; a budget may let the step run as if there were no guard."""
+        return self._watched
 
     @property
     def device(self) -> torch.device:
@@ -136,16 +142,19 @@ class GuardedStep:
             self._guard.account.count("<optimizer>", operation, "step", checked, reason)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        took = time.perf_counter() - self._begun
-        self.abandon()
         guard = self._guard
+        self._clock.end()
+        self.abandon()
         if not guard.enabled:
+            return
+        guard.account.step(self._watched)
+        guard.spending.over(self._clock, self._watched, self.seconds, self.operators)
+        if not self._watched:
             return
         if has_compiled():
             guard.account.note("<compiled>", "fused kernels", COMPILED)
         for module in guard.places.elsewhere:
             guard.account.note(module, "forward", ELSEWHERE)
-        self._account_for(took)
         if kind is None and not guard.account.checked and not self._heard() and not guard.failures:
             rows = guard.coverage()
             if all(NOT_DRAWN not in row.reason for row in rows):
@@ -154,15 +163,6 @@ class GuardedStep:
     def _heard(self) -> int:
         """Readings of checks, also those of what was given to `check_finite` and its like."""
         return len(self._guard.log) - self._inspection.account.asked
-
-    def _account_for(self, took: float) -> None:
-        """Tell the sampler what forward and backward took, and the checks in them and since the step before."""
-        guard, eyes = self._guard, self._eyes
-        if guard.sampler.budget is None or eyes is None:
-            return
-        aside = 0.0 if guard.upkeep is None else guard.upkeep.spent()
-        watching = self._inspection.operators * seconds_an_operator()
-        guard.sampler.spent(self._inspection.seconds + aside, took + aside, watching)
 
     def abandon(self) -> None:
         """Leave the step's context without an account: it was cut short."""

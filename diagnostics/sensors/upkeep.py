@@ -30,7 +30,6 @@ the generators of random numbers (0.13 ms).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -42,6 +41,7 @@ from diagnostics.sensors.coverage import broken
 from diagnostics.sensors.digest import Stamp, differ, stamp
 from diagnostics.sensors.multilinear import splitmix64
 from diagnostics.sensors.sampling import NOT_DRAWN, Sampler
+from diagnostics.sensors.stopwatch import Stopwatch
 from diagnostics.sensors.twin import Randomness, Twin, is_torchs
 
 AT_REST = "at rest"
@@ -78,7 +78,8 @@ class Wrong(NamedTuple):
 class Upkeep:
     """What is known of the optimizer's state, and what has been found wrong in it and not been put right.
 
-    The sampler draws whether an update is repeated, and which tensors are hashed, by the number of the update. A check
+    The sampler draws whether an update is repeated, and which tensors are hashed, by the number of the update, where it
+    has the next step watched. A check
     that fails itself does not stop the optimizer: it is counted in `failures`, and said in `looked`.
     """
 
@@ -96,7 +97,7 @@ class Upkeep:
         self._found: dict[Wrong, set[str]] = {}  # not told yet; by what must be loaded until it is right again
         self._told: dict[Wrong, set[str]] = {}
         self._looked: list[Looked] = []
-        self._seconds = 0.0
+        self._clock = Stopwatch()
         self._last_before = optimizer.register_step_pre_hook(self._before).id
         self._first_after = optimizer.register_step_post_hook(self._after).id
         self._last_after = optimizer.register_step_post_hook(self._end).id
@@ -105,15 +106,14 @@ class Upkeep:
 
     def found(self) -> list[Wrong]:
         """Where an update or the state at rest was wrong, and still is as far as is known; it is compared now."""
-        begin = time.perf_counter()
-        if self._digests:
-            self._tried(AT_REST, self._compare)
-        self._told.update(self._found)
-        self._found = {}
-        self._digests = {}
-        self._inside, self._copied = 0, None  # of a step that failed
-        self._to_the_ends()
-        self._seconds += time.perf_counter() - begin
+        with self._clock.running(self._device()):
+            if self._digests:
+                self._tried(AT_REST, self._compare)
+            self._told.update(self._found)
+            self._found = {}
+            self._digests = {}
+            self._inside, self._copied = 0, None  # of a step that failed
+            self._to_the_ends()
         return list(self._told)
 
     def _compare(self) -> None:
@@ -130,9 +130,8 @@ class Upkeep:
         return looked
 
     def spent(self) -> float:
-        """Seconds that the checks took since this was asked last."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        """Seconds that the checks took since this was asked last, as far as the device is through with them."""
+        return self._clock.taken()
 
     def forget(self) -> None:
         """The state is as it should be, whoever changed it: nothing is compared until the next update."""
@@ -169,15 +168,14 @@ class Upkeep:
         updated = [
             (group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.numel()
         ]
-        if not updated:
+        if not updated or not self._sampler.watches:
             return
         reason = _why_not(args, kwargs) or self._not_asked or ("" if self._draws(0) else NOT_DRAWN)
         if reason:
             self._looked.append(Looked("update", False, reason))
             return
-        begin = time.perf_counter()
-        self._tried("update", lambda: self._copy(*updated[splitmix64(self._steps) % len(updated)]))
-        self._seconds += time.perf_counter() - begin
+        with self._clock.running(self._device()):
+            self._tried("update", lambda: self._copy(*updated[splitmix64(self._steps) % len(updated)]))
 
     def _copy(self, group: dict[str, Any], original: nn.Parameter) -> None:
         unlike = _unlike(original) or (None if original.grad is None else _unlike(original.grad))
@@ -203,16 +201,14 @@ class Upkeep:
             return
         copied, self._copied = self._copied, None
         if copied is not None:
-            begin = time.perf_counter()
-            self._tried("update", lambda: self._repeat(*copied))
-            self._seconds += time.perf_counter() - begin
+            with self._clock.running(self._device()):
+                self._tried("update", lambda: self._repeat(*copied))
 
     def _end(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._inside:
+        if self._inside or not self._sampler.watches:
             return
-        begin = time.perf_counter()
-        self._tried(AT_REST, self._hash)
-        self._seconds += time.perf_counter() - begin
+        with self._clock.running(self._device()):
+            self._tried(AT_REST, self._hash)
 
     def _hash(self) -> None:
         for number, (name, _, value) in enumerate(self._state(), start=1):
@@ -264,6 +260,9 @@ class Upkeep:
     def _draws(self, number: int) -> bool:
         """Numbers are those of this update; its key is mixed, or it would draw as the step with that key does."""
         return self._sampler.draws(splitmix64(self._steps), number)
+
+    def _device(self) -> torch.device:
+        return next((p.device for group in self._optimizer.param_groups for p in group["params"]), torch.device("cpu"))
 
     def _state(self) -> Iterator[tuple[str, str, Tensor]]:
         """Every tensor at rest, with its name and what it is one of."""

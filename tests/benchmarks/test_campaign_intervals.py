@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.campaign.intervals import wilson
+from benchmarks.campaign.intervals import of_median, wilson
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,15 @@ def test_the_share_lies_within(a: int, b: int) -> None:
 
 def test_nothing_tried_proves_nothing() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("n", "rank"), [(6, 1), (8, 1), (9, 2), (17, 5), (25, 8), (100, 40)])
+def test_a_medians_interval_is_of_the_published_ranks(n: int, rank: int) -> None:
+    """Conover, Practical Nonparametric Statistics, table A3: the sign test's at 95 %."""
+    values = [float(value) for value in range(1, n + 1)]
+    assert of_median(values[::-1]) == (rank, n + 1 - rank)
+
+
+def test_few_values_have_no_such_interval() -> None:
+    assert of_median([1.0, 2.0, 3.0, 4.0, 5.0]) is None
+    assert of_median([]) is None

@@ -8,40 +8,71 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics.sensors.outlay import seconds_an_operator
-from diagnostics.sensors.sampling import Sampler
+from diagnostics.sensors.sampling import AIM, Sampler
 
 STEP_S = 2.0
 
 
-def settled(sampler: Sampler, every_s: float, watching_s: float = 0.0, told: bool = True) -> float:
-    """The share after 40 steps whose checks, all of them, would take `every_s`."""
+def settled(sampler: Sampler, every_s: float, watching_s: float = 0.0, told: bool = True, whole: bool = False) -> float:
+    """The mean cost of a step after 40 watched ones whose checks, all of them, would take `every_s`."""
     for _ in range(40):
         checks_s = sampler.share * every_s
-        sampler.spent(checks_s, STEP_S + checks_s + watching_s, watching_s if told else 0.0)
-    return sampler.share
+        sampler.spent(checks_s, STEP_S + checks_s + watching_s, watching_s if told else 0.0, whole)
+        assert 0 < sampler.share <= 1 <= sampler.period
+        assert sampler.share == 1 or sampler.period == 1
+    return (sampler.share * every_s + watching_s) / sampler.period
 
 
-@given(st.floats(0.001, 0.5), st.floats(0.0, 8.0), st.floats(0.0, 0.2))
-def test_checks_and_watching_take_the_budget_and_no_more(budget: float, every_s: float, watching_s: float) -> None:
-    share = settled(Sampler(budget), every_s, watching_s)
-    assert 0 < share <= 1
-    left = budget * STEP_S - watching_s
-    assert share == pytest.approx(min(1.0, max(1e-4, left / every_s if every_s else 1.0)), rel=0.01)
+budgets, takes, watchings = st.floats(0.001, 0.5), st.floats(0.0, 8.0), st.floats(0.0, 0.2)
+
+
+@given(budgets, takes, watchings, st.booleans())
+def test_checks_and_watching_take_most_of_the_budget_and_no_more(
+    budget: float, every_s: float, watching_s: float, whole: bool
+) -> None:
+    sampler, allowed = Sampler(budget), AIM * budget * STEP_S
+    spent = settled(sampler, every_s, watching_s, whole=whole)
+    assert spent <= allowed * (1 + 1e-6) + 1e-4 * every_s
+    if sampler.chance < 1:  # a period is a power of two
+        assert spent > allowed * (0.99 if sampler.period == 1 else 0.5)
+
+
+@given(budgets, takes, watchings)
+def test_calls_are_drawn_while_watching_leaves_them_half_and_steps_otherwise(
+    budget: float, every_s: float, watching_s: float
+) -> None:
+    sampler, allowed = Sampler(budget), AIM * budget * STEP_S
+    settled(sampler, every_s, watching_s)
+    assert (sampler.period > 1) == (watching_s > allowed / 2 and every_s + watching_s > allowed)
+
+
+def test_the_budget_is_kept_with_room() -> None:
+    """Aimed at itself, half of all means over a few steps would lie above it."""
+    spent = settled(Sampler(0.01), 1.0)
+    assert spent == pytest.approx(0.9 * 0.01 * STEP_S, rel=0.01)
 
 
 def test_watching_that_is_not_counted_exceeds_the_budget() -> None:
     """The control of the above."""
-    spent = settled(Sampler(0.05), 1.0, 0.05, told=False) * 1.0 + 0.05
-    assert spent > 1.4 * 0.05 * STEP_S
+    assert settled(Sampler(0.05), 1.0, 0.05, told=False) > 1.3 * 0.05 * STEP_S
 
 
-def test_a_step_that_drew_nothing_makes_the_next_at_most_twice_as_dear() -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_step_that_drew_nothing_makes_the_next_at_most_twice_as_dear(whole: bool) -> None:
     sampler = Sampler(0.01)
-    before = settled(sampler, 4.0)
+    settled(sampler, 4.0, whole=whole)
+    before = sampler.chance
     for _ in range(5):
-        sampler.spent(0.0, STEP_S)
-        assert sampler.share <= 2 * before
-        before = sampler.share
+        sampler.spent(0.0, STEP_S, whole=whole)
+        assert sampler.chance <= 2 * before
+        before = sampler.chance
+
+
+def test_clocks_that_leave_a_step_nothing_do_not_end_the_checks() -> None:
+    """Watching that is reckoned to take longer than the step did."""
+    sampler = Sampler(0.01)
+    sampler.spent(0.5, 1.0, 0.8)
+    assert 1 < sampler.period <= 2**14
 
 
 def test_draws_are_the_keys_and_as_many_as_the_share_says() -> None:
@@ -51,6 +82,26 @@ def test_draws_are_the_keys_and_as_many_as_the_share_says() -> None:
     assert drawn == [sampler.draws(7, call) for call in range(4000)]
     assert drawn != [sampler.draws(8, call) for call in range(4000)]
     assert 850 < sum(drawn) < 1150
+
+
+def watched(period: int, steps: int) -> list[int]:
+    """Steps of the first so many that a sampler with this period watches."""
+    sampler = Sampler(0.01)
+    sampler.period = period
+    found = []
+    for step in range(steps):
+        if sampler.watches:
+            found.append(step)
+        sampler.over()
+    return found
+
+
+@given(st.integers(1, 6), st.integers(0, 3))
+def test_ranks_watch_the_same_steps_and_those_of_a_longer_period_some_of_them(power: int, longer: int) -> None:
+    few, many = watched(2 ** (power + longer), 4000), watched(2**power, 4000)
+    assert set(few) <= set(many)
+    assert len(many) == pytest.approx(4000 / 2**power, abs=5 * (4000 / 2**power) ** 0.5)
+    assert many[0] == 0  # the first
 
 
 def test_watching_an_operator_is_measured() -> None:
