@@ -146,7 +146,7 @@ class Trainer:
         first = self._first(step)
         for attempt in range(first, first + MAX_ATTEMPTS):
             with nullcontext() if trace is None else self.daemon.span("redo", trace, step=step, attempt=attempt):
-                alarmed = self._attempt(step, attempt)
+                alarmed = self._attempt(step, attempt, first)
             if alarmed is None:
                 return
             trace = self._hold(*alarmed)
@@ -158,8 +158,11 @@ class Trainer:
         """With which attempt a step begins: verdicts go by their number, so a roll-back does not begin anew."""
         return self.committed[1] + 1 if self.committed[0] == step else 1
 
-    def _attempt(self, step: int, attempt: int) -> tuple[Held, Outcome] | None:
-        """Compute, reduce and pass the gate; None when the step is committed or what preceded it rolled back."""
+    def _attempt(self, step: int, attempt: int, first: int) -> tuple[Held, Outcome] | None:
+        """Compute, reduce and pass the gate; None when the step is committed or what preceded it rolled back.
+
+        first: the attempt with which this try of the step began.
+        """
         begun = time.monotonic()
         computation, original = self._compute(step, attempt)
         sensed = time.monotonic()
@@ -173,7 +176,7 @@ class Trainer:
             self._roll_back(rows)
             return None
         self.checkpoints.settle(step - 1, rows)
-        held = self._held(step, attempt, computation, original, reduction)
+        held = self._held(step, attempt, first, computation, original, reduction)
         if outcome.decision is not Decision.COMMIT:
             return replace(held, sums=self.division.explain(reduction)), outcome
         try:
@@ -194,13 +197,14 @@ class Trainer:
         """What the checks between ranks are drawn from, the same on all of them; None where there are none."""
         return chain(self.spec.seed, step, attempt) if self.spec.sensors else None
 
-    def _held(self, step: int, attempt: int, computation: Computation, original: str, reduction: Reduction) -> Held:
+    def _held(
+        self, step: int, attempt: int, first: int, computation: Computation, original: str, reduction: Reduction
+    ) -> Held:
         """The attempt, should the gate hold it."""
         record = self.transaction.record
         replica = 0 if record.shard is None else record.shard.replica
         state = (self.transaction.state, replica, record.digest, record.own)
-        held = Held(self.seat.generation, step, attempt, computation, original, *state, reduction)
-        return replace(held, first=self._first(step))
+        return Held(self.seat.generation, step, attempt, computation, original, *state, reduction, first=first)
 
     def _compute(self, step: int, attempt: int) -> tuple[Computation, str]:
         self._enter(step, "forward")
