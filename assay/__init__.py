@@ -7,6 +7,8 @@ for batch in data:
         loss.backward()
     if assay.clean_everywhere(step):  # on every rank; in a process that trains alone it is step.clean
         optimizer.step()
+    elif assay.corrupted_anywhere(step):  # alone: step.corrupted
+        break  # parameters or moments were wrong before: restore a checkpoint
     else:
         print(step.alarms)
     optimizer.zero_grad()
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diagnostics.health import Alarm
-    from diagnostics.sensors.agreement import clean_everywhere
+    from diagnostics.sensors.agreement import clean_everywhere, corrupted_anywhere
     from diagnostics.sensors.coverage import CoverageRow, NothingToCheck
     from diagnostics.sensors.guard import Guard
     from diagnostics.sensors.guarded_step import GuardedStep
@@ -33,6 +35,7 @@ __all__ = [
     "NothingToCheck",
     "TrainerCallback",
     "clean_everywhere",
+    "corrupted_anywhere",
     "lightning_callback",
 ]
 
@@ -44,6 +47,7 @@ _HOMES = {
     "NothingToCheck": "diagnostics.sensors.coverage",
     "TrainerCallback": "diagnostics.sensors.loops",
     "clean_everywhere": "diagnostics.sensors.agreement",
+    "corrupted_anywhere": "diagnostics.sensors.agreement",
     "lightning_callback": "diagnostics.sensors.loops",
 }
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -78,8 +79,8 @@ def by_callback(job: Job, flipped: bool = False) -> dict[str, Any]:
         stops.append(control.should_training_stop)
         job.optimizer.step()
         job.end()
-        if flipped and number == STRUCK and job.rank == 0:
-            next(job.model.parameters()).data.view(torch.int32)[0, 0] ^= 1
+        if flipped and number == STRUCK:
+            flip(job)
     callback.on_train_end(None, None, None)
     return {"dropped": callback.dropped, "told": told, "stops": stops}
 
@@ -94,6 +95,96 @@ def by_callback_alone(job: Job, flipped: bool = False) -> dict[str, Any]:
         return by_callback(job, flipped)
     finally:
         loops.agree = agree
+
+
+def flip(job: Job) -> None:
+    """On rank 0 a weight's lowest bit."""
+    if job.rank == 0:
+        next(job.model.parameters()).data.view(torch.int32)[0, 0] ^= 1
+
+
+def ending(job: Job) -> dict[str, Any]:
+    """An own loop that ends on every rank in the step after the flip; `alone`: where each would have by itself."""
+    guard = assay.Guard(job.parallel, job.optimizer)
+    steps, alone = [], []
+    for number in range(STEPS):
+        with guard.step() as step:
+            job.gradients(STEPS + number)  # none of them struck
+        steps.append(number)
+        alone.append(step.corrupted)
+        if assay.clean_everywhere(step):
+            job.optimizer.step()
+        elif assay.corrupted_anywhere(step):
+            break
+        job.end()
+        if number == STRUCK:
+            flip(job)
+    return {"steps": steps, "alone": alone}
+
+
+def asked(job: Job, group: dist.ProcessGroup | None) -> str:
+    """What asking raises where rank 0 cannot read its step."""
+    guard = assay.Guard(job.parallel)
+    with guard.step() as step:
+        job.gradients(0)
+    if job.rank == 0:
+        guard.log.worst = cannot_be_read  # type: ignore[method-assign]
+    try:
+        assay.clean_everywhere(step, group)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def cannot_be_read() -> float:
+    raise RuntimeError("out of memory")
+
+
+def unread(job: Job) -> dict[str, Any]:
+    return {"raised": asked(job, None)}
+
+
+def unread_alone(job: Job) -> dict[str, Any]:
+    """The control: rank 0 raises and does not take part."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    send = agreement._first_ranks
+    if job.rank == 0:
+        agreement._first_ranks = lambda *_: []
+    try:
+        return {"raised": asked(job, group)}
+    finally:
+        agreement._first_ranks = send
+
+
+def once(job: Job) -> dict[str, Any]:
+    """How many collectives there were after each question; the ranks ask in different orders."""
+    guard = assay.Guard(job.parallel)
+    with guard.step() as step:
+        job.gradients(0)
+    reduce, made, after = dist.all_reduce, [], []
+    dist.all_reduce = lambda *given: made.append(reduce(*given))
+    try:
+        questions = [assay.clean_everywhere, assay.corrupted_anywhere, assay.clean_everywhere]
+        for question in questions[job.rank :] + questions[: job.rank]:
+            question(step)
+            after.append(len(made))
+    finally:
+        dist.all_reduce = reduce
+    return {"collectives": after}
+
+
+def lost(job: Job) -> dict[str, Any]:
+    """Rank 0 ends within the step, after its gradients are summed."""
+    guard = assay.Guard(job.parallel)
+    with guard.step() as step:
+        job.gradients(0)
+    if job.rank == 0:
+        return {}
+    try:
+        assay.clean_everywhere(step)
+    except RuntimeError as error:
+        return {"raised": str(error)}
+    return {"raised": ""}
 
 
 def by_hand(clean: Callable[[assay.GuardedStep], bool]) -> Callable[[Job], dict[str, Any]]:
@@ -120,6 +211,11 @@ CASES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "flipped, each alone": partial(by_callback_alone, flipped=True),
     "own loop": by_hand(assay.clean_everywhere),
     "own loop, each alone": by_hand(lambda step: step.clean),
+    "own loop, ended": ending,
+    "unread": unread,
+    "unread, each alone": unread_alone,
+    "once": once,
+    "lost": lost,  # the last: there is no group left
 }
 
 
@@ -138,7 +234,8 @@ def _rank(rank: int, folder: Path) -> None:
         job = Job(rank)
         found[name] = run(job) | {"weights": job.weights, "log": list(lines)}
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    if rank == 0:
+        os._exit(0)
 
 
 Found = list[dict[str, dict[str, Any]]]
@@ -201,6 +298,34 @@ def test_all_ranks_stop_when_the_state_of_one_is_wrong(ranks: Found) -> None:
     assert "on rank 0, not on this one" in there[0]
 
 
+def test_a_loop_of_ones_own_ends_on_all_ranks_in_the_same_step(ranks: Found) -> None:
+    """Control: by itself the other rank would not have ended, and waited for the first for ever."""
+    assert [found["own loop, ended"]["steps"] for found in ranks] == [[0, 1, 2]] * WORLD
+    assert [found["own loop, ended"]["alone"] for found in ranks] == [[False, False, True], [False] * 3]
+    told = [[line for line in found["own loop, ended"]["log"] if "corrupted" in line] for found in ranks]
+    assert told == [[], ["the state itself is corrupted on rank 0, not on this one"]]
+
+
+def test_where_one_rank_cannot_read_its_step_all_raise(ranks: Found) -> None:
+    """Control: a rank that raises and takes no part leaves the other waiting until its group gives up."""
+    here, there = (found["unread"]["raised"] for found in ranks)
+    assert here == "out of memory"
+    assert there == "rank 0 could not read whether its step is clean: its own error says why"
+    here, there = (found["unread, each alone"]["raised"] for found in ranks)
+    assert here == "out of memory"
+    assert "imed out" in there
+
+
+def test_over_gloo_a_rank_that_ended_is_known_at_once(ranks: Found) -> None:
+    raised = ranks[1]["lost"]["raised"]  # closed or reset, as it happens
+    assert raised
+    assert "imed out" not in raised
+
+
+def test_ranks_speak_once_of_a_step(ranks: Found) -> None:
+    assert [found["once"]["collectives"] for found in ranks] == [[1, 1, 1]] * WORLD
+
+
 def test_a_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(4, 4)
     guard = assay.Guard(model)
@@ -209,6 +334,7 @@ def test_a_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         with guard.step() as step, fault:
             model(torch.ones(3, 4)).sum().backward()
         assert assay.clean_everywhere(step) is step.clean is isinstance(fault, nullcontext)
+        assert assay.corrupted_anywhere(step) is step.corrupted is False
 
 
 def test_ranks_agree_about_whole_steps_only() -> None:
