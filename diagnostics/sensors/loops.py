@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from diagnostics.sensors.agreement import agree
-from diagnostics.sensors.early_updates import refuse_early_updates
+from diagnostics.sensors.early_updates import EarlyUpdates, refuse_early_updates
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.guarded_step import GuardedStep
 from diagnostics.sensors.upkeep import CORRUPTED
@@ -54,27 +54,34 @@ class GuardedLoop:
         self._on_alarm = on_alarm
         self._options = options
         self._step: GuardedStep | None = None
+        self._early: EarlyUpdates | None = None
 
     def start(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Training begins, perhaps anew, after a step that was cut short by an error."""
         self.stop()
         self.corrupted = False
         self.guard = Guard(model, optimizer, **self._options)
+        self._early = EarlyUpdates(model) if self.guard.enabled else None
 
     def begin(self) -> None:
         """A step begins, unless one is under way: the optimizer has not stepped since."""
         if self.guard is not None and self._step is None:
+            if self._early is not None:
+                self._early.begin()
             self._step = self.guard.step().__enter__()
 
     def settle(self, optimizer: Optimizer, scaler: Any = None) -> None:
         """The optimizer is about to step: it does so with gradients that are clean on every rank, or with none.
 
         scaler: the GradScaler that is to make it step, unless it has unscaled the gradients.
+        Raises RuntimeError where something has updated parameters before.
         """
         step, self._step = self._step, None
         if step is None:
             return
         step.__exit__(None, None, None)
+        if self._early is not None:
+            self._early.refuse()
         dirty, corrupted = agree(step)
         self.corrupted = corrupted is not None
         if dirty is None:
@@ -95,6 +102,8 @@ class GuardedLoop:
         step, self._step = self._step, None
         if step is not None:
             step.abandon()
+        if self._early is not None:
+            self._early.close()
 
 
 def _drop(optimizer: Optimizer, scaler: Any) -> None:
@@ -118,7 +127,7 @@ class TrainerCallback(GuardedLoop):
     Args:
         on_alarm: called with the step where it alarmed, after its gradients were dropped; not on other ranks.
         options: of the guard, e.g. budget=0.01; a wrong one raises when training begins, and so do DeepSpeed and
-            optimizers that update within the backward.
+            optimizers that update within the backward; others of the kind raise in the first step that they do so.
     """
 
     def __init__(self, on_alarm: OnAlarm | None = None, **options: Any) -> None:
