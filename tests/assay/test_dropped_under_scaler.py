@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from test_public_guard import Corrupt
+from bare_lightning import bare_trainer
+from struck import largest, product
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
@@ -65,7 +66,7 @@ class Job:
     def steps(self, error: float = 8.0) -> list[bool]:
         """Whether each of them moved the weights."""
         for number in range(STEPS):
-            self.step(Corrupt(0 if number == STRUCK else -1, error))
+            self.step(product(0 if number == STRUCK else -1, largest(error)))
         pairs = zip(self.weights[:-1], self.weights[1:], strict=True)
         return [not torch.equal(before, after) for before, after in pairs]
 
@@ -115,7 +116,7 @@ def test_lightning_in_16_bits_goes_on_after_a_dropped_step(
 
         def training_step(self, batch: Tensor, _: int) -> Tensor:
             self.losses += 1
-            with Corrupt(0 if self.losses == STRUCK else -1):
+            with product(0 if self.losses == STRUCK else -1):
                 loss: Tensor = self.net(batch).float().square().mean()
             return loss
 
@@ -123,17 +124,8 @@ def test_lightning_in_16_bits_goes_on_after_a_dropped_step(
             return AdamW(self.parameters(), lr=0.1, fused=fused)
 
     callback = assay.lightning_callback()
-    trainer = pytorch_lightning.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        plugins=[pytorch_lightning.plugins.MixedPrecision("16-mixed", "cpu")],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-        default_root_dir=str(tmp_path),
-    )
+    plugins = [pytorch_lightning.plugins.MixedPrecision("16-mixed", "cpu")]
+    trainer = bare_trainer(tmp_path, [callback], STEPS, plugins=plugins)
     module = Module()
     samples: Any = [torch.ones(8) * number for number in range(1, STEPS + 1)]
     fit = functools.partial(trainer.fit, module, DataLoader(samples))

@@ -12,7 +12,8 @@ import pytorch_lightning
 import torch
 import transformers
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
-from test_public_guard import Corrupt
+from bare_lightning import bare_trainer
+from struck import product
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.optim import SGD
@@ -89,7 +90,7 @@ def test_without_the_refusal_a_dropped_step_has_been_committed(monkeypatch: pyte
     monkeypatch.setattr(EarlyUpdates, "refuse", lambda _: None)
     callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
     callback.on_step_begin(None, None, None)
-    with Corrupt(0):
+    with product(0):
         model(torch.ones(3, 4)).square().sum().backward()
     callback.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
     optimizer.step()
@@ -361,16 +362,7 @@ def test_both_libraries_let_the_refusal_through(make: Callable[[Any], Any], told
             return {"loss": self.net(x).sum()}
 
     samples: Any = [torch.ones(2)] * 4
-    lightning = pytorch_lightning.Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[assay.lightning_callback()],
-        default_root_dir=str(tmp_path),
-    )
+    lightning = bare_trainer(tmp_path, [assay.lightning_callback()], 2)
     with pytest.raises(RuntimeError, match=told):
         lightning.fit(Module(), DataLoader(samples))
     model = Model()

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from struck import Struck
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import assay
 from diagnostics.sensors import twin
@@ -68,14 +68,9 @@ class Plain(SGD):
             p.add_(p.grad, alpha=-0.1 / self.count)
 
 
-class WrongAdd(TorchDispatchMode):
-    """Flips a bit of every update."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.add_.Tensor:
-            args[0].view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
-        return out
+def wrong_add() -> Struck:
+    """A bit of every update."""
+    return Struck(torch.ops.aten.add_, lambda out: out.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12))
 
 
 class Job:
@@ -160,14 +155,14 @@ def test_a_class_that_is_not_torchs_earns_its_alarms(after: int) -> None:
     job = Job(by(Plain))
     assert job.steps(after) == []
     job.look()
-    with WrongAdd():
+    with wrong_add():
         job.optimizer.step()
     assert job.look() == (["optimizer"] if after >= EARNED else [])
     job.guard.forget()
     assert job.steps(3) == []
     assert (job.row().reason == NOT_BY_ITSELF) is (after < EARNED)
     job.look()
-    with WrongAdd():
+    with wrong_add():
         job.optimizer.step()
     assert job.look() == []
     asked = job.row()

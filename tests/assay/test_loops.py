@@ -13,7 +13,9 @@ import pytest
 import pytorch_lightning
 import torch
 import transformers
-from test_public_guard import Corrupt, llama
+from bare_lightning import bare_trainer
+from struck import Struck, product
+from test_public_guard import llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -79,17 +81,7 @@ def by_lightning(
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     module = Module()
-    trainer = pytorch_lightning.Trainer(
-        max_steps=STEPS,
-        accumulate_grad_batches=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=save,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-        default_root_dir=str(folder),
-    )
+    trainer = bare_trainer(folder, callbacks, STEPS, accumulate_grad_batches=2, enable_checkpointing=save)
     trainer.fit(module, DataLoader(Samples(), batch_size=1))
     assert trainer.global_step == STEPS or trainer.should_stop
     return [p.detach().clone() for p in module.parameters()]
@@ -110,9 +102,9 @@ class SecondForward:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self) -> Corrupt:
+    def __call__(self) -> Struck:
         self.calls += 1
-        return Corrupt(3 if self.calls == 2 else -1)
+        return product(3 if self.calls == 2 else -1)
 
 
 LOOPS = {

@@ -9,20 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from struck import Struck, product
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import assay
 
 X = torch.ones(3, 4)
 
 
-class Ruin(TorchDispatchMode):
+def ruins() -> Struck:
     """Every product is NaN."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        return out.fill_(math.nan) if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) else out
+    return product(None, lambda out: out.fill_(math.nan))
 
 
 def run(model: nn.Module) -> None:
@@ -35,7 +32,7 @@ def test_a_step_is_entered_once() -> None:
     with step:
         run(model)
     assert step.clean
-    with pytest.raises(RuntimeError, match="entered once"), Ruin(), step:
+    with pytest.raises(RuntimeError, match="entered once"), ruins(), step:
         run(model)
     with pytest.raises(RuntimeError, match="entered once"):
         step.__enter__()
@@ -43,7 +40,7 @@ def test_a_step_is_entered_once() -> None:
     for ruin in (False, True):  # the control: a step for each
         with guard.step() as step:
             if ruin:
-                with Ruin():
+                with ruins():
                     run(model)
             else:
                 run(model)
@@ -75,7 +72,7 @@ def test_asking_within_the_block_does_not_blind_the_rest() -> None:
         assert step.clean
         assert step.alarms == []
         assert step.checks == before  # what asking computes is not looked at
-        with Ruin():
+        with ruins():
             run(model)
         assert not step.clean
         assert step.first_alarm == before
@@ -208,6 +205,6 @@ def test_a_guard_may_be_made_before_its_model_has_memory() -> None:
         run(model)
     assert step.clean
     assert step.checks
-    with Ruin(), guard.step() as step:
+    with ruins(), guard.step() as step:
         run(model)
     assert not step.clean

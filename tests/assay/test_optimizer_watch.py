@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from struck import Struck
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,13 +97,6 @@ def test_only_what_is_loaded_is_right_again(of: str, cured: str) -> None:
 
 @pytest.mark.parametrize(("moments", "parts"), [(True, ["model", "optimizer"]), (False, ["model"])])
 def test_a_wrong_update_stays_wrong_until_all_that_it_wrote_is_loaded(moments: bool, parts: list[str]) -> None:
-    class Wrong(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.add_.Tensor:
-                flip(args[0], 12)
-            return out
-
     model = nn.Linear(4, 3, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9 if moments else 0.0, foreach=False)
     guard = assay.Guard(model, optimizer)
@@ -117,7 +111,7 @@ def test_a_wrong_update_stays_wrong_until_all_that_it_wrote_is_loaded(moments: b
     optimizer.step()
     saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     assert look() == []
-    with Wrong():
+    with Struck(torch.ops.aten.add_, lambda out: flip(out, 12)):
         optimizer.step()
     for _ in range(3):
         assert look() == ["optimizer"]

@@ -11,31 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from struck import largest, product
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import assay
 
-PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 IDS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
-
-
-class Corrupt(TorchDispatchMode):
-    """An outsider's own means: changes one element of the n-th product's result by `error` times its largest."""
-
-    def __init__(self, at: int = -1, error: float = 8.0) -> None:
-        super().__init__()
-        self.at, self.error, self.count = at, error, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in PRODUCTS:
-            if self.count == self.at:
-                flat = out.view(-1)
-                flat[len(flat) // 3] += self.error * max(float(out.float().abs().max()), 1e-3)
-            self.count += 1
-        return out
 
 
 def llama(attention: str = "sdpa") -> nn.Module:
@@ -115,17 +97,17 @@ def test_every_product_of_a_hugging_face_model_is_checked(name: str) -> None:
     assert step.clean, step.alarms
     assert not step.skipped
     assert equal(plain, grads(model))
-    with Corrupt() as counter:
+    with product() as counter:
         backward(model)
     for at in range(counter.count):
-        with Corrupt(at), guard.step() as step:
+        with product(at), guard.step() as step:
             backward(model)
         assert not step.clean, at
         if at % 5 == 0:
-            with guard.step() as step, Corrupt(at):
+            with guard.step() as step, product(at):
                 backward(model)
             assert not step.clean, at
-    with Corrupt(0), assay.Guard(model, enabled=False).step() as step:  # the control: nobody looks
+    with product(0), assay.Guard(model, enabled=False).step() as step:  # the control: nobody looks
         backward(model)
     assert step.clean
 
@@ -149,12 +131,12 @@ def test_checkpointing_and_autocast(reentrant: bool) -> None:
         run()
     assert step.clean
     assert equal(plain, grads(model))
-    with Corrupt() as counter:
+    with product() as counter:
         run()
     # Three for each of two linears, and the forward made again: but for its end where recomputation stops early.
     assert counter.count == 6 + (2 if reentrant else 1)
     for at in range(counter.count):
-        with Corrupt(at, error=30.0), guard.step() as step:
+        with product(at, largest(30.0)), guard.step() as step:
             run()
         assert not step.clean, at
 
@@ -174,9 +156,9 @@ def test_gradient_accumulation() -> None:
         run()
     assert step.clean
     assert equal(plain, grads(model))
-    with Corrupt() as counter:
+    with product() as counter:
         run()
-    with Corrupt(counter.count - 1), guard.step() as step:
+    with product(counter.count - 1), guard.step() as step:
         run()
     assert not step.clean
 
@@ -265,10 +247,10 @@ def test_data_parallel_training_is_guarded_unchanged(tmp_path: Any) -> None:
             run()
         assert step.clean
         assert equal(plain, grads(model))
-        with Corrupt() as counter:
+        with product() as counter:
             run()
         for at in range(counter.count):
-            with Corrupt(at), guard.step() as step:
+            with product(at), guard.step() as step:
                 run()
             assert not step.clean
     finally:
@@ -315,7 +297,7 @@ def test_a_compiled_model_stays_compiled_and_its_products_are_checked() -> None:
     assert step.checks == 5
     assert equal(plain, grads(model))
     assert any("torch.compile" in row.reason for row in guard.coverage())
-    with Corrupt(2), guard.step() as step:
+    with product(2), guard.step() as step:
         run()
     # The outsider's mode makes torch run the model uncompiled; the guard sees what then runs.
     assert not step.clean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_start import join, start
+from struck import plus, product
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import assay
 from diagnostics.sensors import agreement, loops
@@ -27,16 +27,6 @@ from diagnostics.sensors.agreement import Agreement
 WORLD = 2
 STEPS = 4
 STRUCK = 1
-
-
-class Strike(TorchDispatchMode):
-    """One element of every product is wrong."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            out.view(-1)[0] += 100
-        return out
 
 
 class Job:
@@ -53,7 +43,7 @@ class Job:
     def gradients(self, number: int) -> None:
         x = torch.randn(6, 8, generator=torch.Generator().manual_seed(10 * number + self.rank))
         struck = number == STRUCK and self.rank == 0
-        fault: AbstractContextManager[Any] = Strike() if struck else nullcontext()
+        fault: AbstractContextManager[Any] = product(None, plus(100.0)) if struck else nullcontext()
         with fault:
             self.parallel(x).square().mean().backward()
 
@@ -220,14 +210,11 @@ CASES: dict[str, Callable[[Job], dict[str, Any]]] = {
 
 
 def _rank(rank: int, folder: Path) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("assay").addHandler(handler)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    join(rank, WORLD, folder)
     found = {}
     for name, run in CASES.items():
         lines.clear()
@@ -245,16 +232,7 @@ Found = list[dict[str, dict[str, Any]]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each rank found in each case; both are started once for all of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "diagnostics.sensors.loops"])
-    processes = [context.Process(target=_rank, args=(rank, folder)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-    assert [process.exitcode for process in processes] == [0] * WORLD
+    start(_rank, WORLD, folder, preload="diagnostics.sensors.loops", seconds=120)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
@@ -330,7 +308,7 @@ def test_a_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(4, 4)
     guard = assay.Guard(model)
     monkeypatch.setattr(dist, "all_reduce", None)
-    for fault in (nullcontext(), Strike()):
+    for fault in (nullcontext(), product(None, plus(100.0))):
         with guard.step() as step, fault:
             model(torch.ones(3, 4)).sum().backward()
         assert assay.clean_everywhere(step) is step.clean is isinstance(fault, nullcontext)

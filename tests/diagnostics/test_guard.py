@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from bad_kernel import BadKernel
 from sample_model import Sample, batch, gradients
+from struck import Struck, plus, product
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from diagnostics.sensors.guard import Guard
@@ -62,16 +61,16 @@ def test_clean_training_never_alarms(dtype: torch.dtype, scale: float) -> None:
 def test_every_product_of_a_step_is_checked(dtype: torch.dtype) -> None:
     """Whichever product is wrong, forward or backward, it is seen; a clean run of the same step is the control."""
     model = Sample(dtype)
-    with BadKernel() as counter:
+    with product() as counter:
         model(batch(0)).backward()
     guard = Guard(model)
     for at in range(counter.count):
         model.zero_grad()
-        with BadKernel(at, error=1e3), guard.step(7) as step:
+        with product(at, plus(1e3)), guard.step(7) as step:
             model(batch(0)).backward()
         assert not step.clean, f"product {at} of {counter.count}"
         assert all(alarm.module.startswith(("layers.", "head")) for alarm in step.alarms)
-    with BadKernel(), guard.step(7) as step:
+    with product(), guard.step(7) as step:
         model(batch(0)).backward()
     assert step.clean
     assert step.checks >= counter.count
@@ -79,7 +78,7 @@ def test_every_product_of_a_step_is_checked(dtype: torch.dtype) -> None:
 
 def test_a_disabled_guard_sees_nothing() -> None:
     model = Sample()
-    with BadKernel(0, error=1e3), Guard(model, enabled=False).step(1) as step:
+    with product(0, plus(1e3)), Guard(model, enabled=False).step(1) as step:
         model(batch(0)).backward()
     assert step.clean
     assert step.checks == 0
@@ -87,16 +86,16 @@ def test_a_disabled_guard_sees_nothing() -> None:
 
 def test_sensors_are_invisible_to_dispatch_modes() -> None:
     model = Sample(torch.bfloat16)
-    with BadKernel() as bare:
+    with product() as bare:
         model(batch(0)).backward()
-    with BadKernel() as guarded, Guard(model).step(0):
+    with product() as guarded, Guard(model).step(0):
         model(batch(0)).backward()
     assert guarded.count == bare.count
 
 
 def test_alarms_name_the_place() -> None:
     model = Sample()
-    with BadKernel(2, error=1e3), Guard(model).step(0) as step:
+    with product(2, plus(1e3)), Guard(model).step(0) as step:
         model(batch(0)).backward()
     first = step.alarms[0]
     assert (first.sensor, first.operation, first.pass_) == ("gemm", "mm", "fprop")
@@ -131,17 +130,9 @@ class Halving(nn.Module):
         return Halved.apply(x)
 
 
-class BadSinh(TorchDispatchMode):
-    """Corrupts every aten.sinh."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        return out + 1 if func is torch.ops.aten.sinh.default else out
-
-
 def test_the_backward_of_a_function_written_by_hand_goes_by_its_module() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Halving()), nn.Linear(4, 2))
-    with BadSinh(), Guard(model).step(0) as step:
+    with Struck(torch.ops.aten.sinh, lambda out: out.add_(1)), Guard(model).step(0) as step:
         model(torch.randn(3, 4)).sum().backward()
     assert [(alarm.module, alarm.operation, alarm.pass_) for alarm in step.alarms] == [("1.0", "sinh", "backward")]
 
@@ -161,7 +152,7 @@ def test_same_key_same_readings() -> None:
 def test_an_earlier_step_keeps_what_it_saw() -> None:
     model = Sample()
     guard = Guard(model)
-    with BadKernel(0, error=1e3), guard.step(0) as bad:
+    with product(0, plus(1e3)), guard.step(0) as bad:
         model(batch(0)).backward()
     with guard.step(1) as good:
         model(batch(1)).backward()
@@ -192,7 +183,7 @@ def test_recalibration_cannot_hide_a_fault() -> None:
     guard = Guard(model)
     for key in range(4):
         model.zero_grad()
-        with BadKernel(0, error=1e3), guard.step(key) as step:
+        with product(0, plus(1e3)), guard.step(key) as step:
             model(batch(0)).backward()
         guard.recalibrate(step.alarms)
     assert not step.clean

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bad_kernel import BadKernel
 from sample_model import batch
+from struck import PRODUCTS, Struck, last_bit, plus, product
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics.sensors.coverage import NothingToCheck
 from diagnostics.sensors.guard import Guard
@@ -41,7 +39,7 @@ def test_all_spellings_of_a_product(kind: str) -> None:
     assert step.clean
     assert step.checks == 3
     for at in range(3):
-        with BadKernel(at, error=100.0), guard.step(1) as step:
+        with product(at, plus(100.0)), guard.step(1) as step:
             products(model.weight, x, kind).square().sum().backward()
         assert not step.clean
 
@@ -52,7 +50,7 @@ def test_a_type_without_a_tolerance_is_run_again_or_said() -> None:
     def run() -> None:
         model(torch.ones(4, 8, dtype=torch.float64)).sum().backward()
 
-    with BadKernel(0), Guard(model).step(0) as step:
+    with product(0, plus(1.0)), Guard(model).step(0) as step:
         run()
     assert [(alarm.sensor, alarm.operation) for alarm in step.alarms] == [("recompute", "mm")]
     guard = Guard(model, again=0)
@@ -61,14 +59,9 @@ def test_a_type_without_a_tolerance_is_run_again_or_said() -> None:
     assert all("float64" in row.reason for row in guard.coverage() if row.operation == "mm")
 
 
-class LastBit(TorchDispatchMode):
-    """Flips the last bit of one element of every product's result, in whatever memory that is."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
-            out.view(-1)[5:6].view(torch.int64).bitwise_xor_(1)
-        return out
+def last_bits() -> Struck:
+    """Of every product, in whatever memory that is."""
+    return Struck((*PRODUCTS, torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), last_bit)
 
 
 IN_PLACE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -95,11 +88,11 @@ def test_products_without_a_tolerance_that_write_over_an_operand_are_run_again(n
     assert step.clean
     assert not guard.failures
     assert [(row.operation, row.checked) for row in guard.coverage() if "mm" in row.operation] == [(name, 1.0)]
-    with LastBit(), guard.step() as step:
+    with last_bits(), guard.step() as step:
         run()
     assert [(alarm.sensor, alarm.operation) for alarm in step.alarms] == [("recompute", name)]
     without = Guard(nn.Linear(2, 2), again=0)
-    with pytest.raises(NothingToCheck, match="no tolerance for mm in float64"), LastBit(), without.step():
+    with pytest.raises(NothingToCheck, match="no tolerance for mm in float64"), last_bits(), without.step():
         run()
 
 
@@ -107,14 +100,8 @@ def test_products_without_a_tolerance_that_write_over_an_operand_are_run_again(n
 def test_grouped_products(dtype: torch.dtype, error: float) -> None:
     """Groups of any size, empty ones too; every pass; errors in units of the result's standard deviation."""
 
-    class BadGroups(BadKernel):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if func.overloadpacket is torch.ops.aten._grouped_mm:
-                if self.count == self.at:
-                    out.view(-1)[out.numel() // 3] += error * float(out.float().std())
-                self.count += 1
-            return out
+    def bad(out: Tensor) -> None:
+        plus(error * float(out.float().std()))(out)
 
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(4, 64, 96, dtype=dtype))
@@ -123,7 +110,7 @@ def test_grouped_products(dtype: torch.dtype, error: float) -> None:
         offs = torch.tensor(ends, dtype=torch.int32)
         x = torch.randn(200, 64).to(dtype).requires_grad_()
         for at in range(-1, 3):
-            with BadGroups(at), guard.step(key) as step:
+            with Struck(torch.ops.aten._grouped_mm, bad, at), guard.step(key) as step:
                 torch._grouped_mm(x, weight, offs=offs).square().sum().backward()
             assert step.clean is (at < 0)
             assert step.checks == 3
@@ -135,7 +122,7 @@ def test_fp32_products_of_less_precision_are_run_again() -> None:
     guard = Guard(model)
     torch.set_float32_matmul_precision("medium")
     try:
-        with BadKernel(0), guard.step() as step:
+        with product(0, plus(1.0)), guard.step() as step:
             model(x).sum().backward()
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -1,11 +1,10 @@
 """The norm that all ranks clip by: whoever takes his part of it wrongly once is found out."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from struck import Struck
 
 from agent.training.reduction import Reduction, squared_norm
 from agent.training.strays import ADDED, Stray
@@ -15,19 +14,9 @@ from diagnostics.verify.between import Handed, Summed, sum_rulings
 PARTS = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])]
 
 
-class BadNorm(TorchDispatchMode):
-    """Adds one to what the `at`-th norm comes out as."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self._left = at
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if "vector_norm" not in str(func):
-            return out
-        self._left -= 1
-        return out + 1 if self._left == -1 else out
+def bad_norm(at: int) -> Struck:
+    """The `at`-th norm comes out one too large."""
+    return Struck(torch.ops.aten.linalg_vector_norm, lambda out: out.add_(1), at)
 
 
 def test_a_clean_norm_is_no_stray() -> None:
@@ -39,7 +28,7 @@ def test_a_clean_norm_is_no_stray() -> None:
 
 @pytest.mark.parametrize("at", range(4))
 def test_a_norm_that_comes_out_otherwise_once_is_its_ranks(at: int) -> None:
-    with BadNorm(at):
+    with bad_norm(at):
         norm, (stray,) = squared_norm(PARTS, 3, checked=True)
     assert stray == Stray("norm", ADDED, 3, 3, 0, 0)
     (alarm,) = Reduction(norm, strays=(stray,)).alarms
@@ -51,5 +40,5 @@ def test_a_norm_that_comes_out_otherwise_once_is_its_ranks(at: int) -> None:
 
 def test_unchecked_it_is_believed() -> None:
     """The negative control."""
-    with BadNorm(0):
+    with bad_norm(0):
         assert squared_norm(PARTS, 3, checked=False) == (32.0, ())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from operations import flipped
+from struck import Struck
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.readings import Site
@@ -65,20 +64,11 @@ def test_readings_are_the_same_whatever_the_default_type(default: torch.dtype, d
     assert readings_of(parts) == expected
 
 
-class Flip(TorchDispatchMode):
-    """Flips one bit of the gradient of layer norm's weight."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is aten.native_layer_norm_backward.default:
-            out[1].copy_(flipped(out[1], 3, 22))
-        return out
-
-
 def test_a_fault_is_seen_whatever_the_default_type(default: torch.dtype) -> None:
     torch.set_default_dtype(default)
     parts = model(torch.float32)
     guard = Guard(parts)
-    with Flip(), guard.step(5) as step:
+    flip = Struck(aten.native_layer_norm_backward, lambda out: out[1].copy_(flipped(out[1], 3, 22)))
+    with flip, guard.step(5) as step:
         loss_of(parts).backward()
     assert [(alarm.operation, alarm.module) for alarm in step.alarms] == [("native_layer_norm_backward.dw", "norm")]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from struck import Struck
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics.sensors.account import MUTED
 from diagnostics.sensors.guard import Guard
@@ -17,20 +17,6 @@ from diagnostics.sensors.guarded_step import GuardedStep
 
 aten = torch.ops.aten
 X = torch.arange(12.0).view(3, 4).flip(1)
-
-
-class Struck(TorchDispatchMode):
-    """Does something to an operator's result, below the sensors."""
-
-    def __init__(self, struck: Any, damage: Callable[[Any], None]) -> None:
-        super().__init__()
-        self.struck, self.damage = struck, damage
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is self.struck:
-            self.damage(out)
-        return out
 
 
 def another_place(out: Any) -> None:
@@ -77,7 +63,7 @@ EXACT: dict[str, tuple[Any, Callable[[Any], None], Callable[[], Any]]] = {
 
 def step(guard: Guard, name: str, struck: bool = True) -> GuardedStep:
     operator, damage, work = EXACT[name]
-    with Struck(operator if struck else None, damage), guard.step(key=1) as seen:
+    with Struck(operator if struck else (), damage), guard.step(key=1) as seen:
         work()
     return seen
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from gloo_start import join, start
 from lockstep import batch, loss_and_gradients
-from torch.distributed import FileStore
 
 from agent.model import V3, V3Config
 from agent.model.parallel.process_group import ProcessGroup, groups
@@ -49,24 +47,12 @@ class Case:
 
 def run(cases: list[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each rank found for each case, by name."""
-    # Processes forked from a server that has torch loaded start in a tenth of the time.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "agent.model"])
-    ranks = [context.Process(target=_rank, args=(rank, cases, folder)) for rank in range(WORLD)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        if process.exitcode is None:
-            process.kill()
-    assert [process.exitcode for process in ranks] == [0] * WORLD
+    start(_rank, WORLD, cases, folder, preload="agent.model")
     return {c.name: [torch.load(folder / f"{c.name}-{r}.pt", weights_only=False) for r in range(WORLD)] for c in cases}
 
 
 def _rank(rank: int, cases: list[Case], folder: Path) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=FileStore(str(folder / "store"), WORLD), rank=rank, world_size=WORLD)
+    join(rank, WORLD, folder)
     places = {key: groups(rank, WORLD, *key) for key in sorted({(case.ep, case.local) for case in cases})}
     for case in cases:
         model = case.model(places[case.ep, case.local])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from struck import Struck, last_bit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,25 +53,9 @@ def test_what_takes_its_time_for_memory_is_thin(call: Call, thin: bool) -> None:
     assert is_thin(call) is thin
 
 
-class LastBit(TorchDispatchMode):
-    """Flips the lowest bit of one element of the first result of an operator, below the sensors."""
-
-    def __init__(self, struck: Any) -> None:
-        super().__init__()
-        self.struck, self.left = struck, 1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is self.struck and self.left:
-            self.left -= 1
-            flat = out.view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()])
-            flat[len(flat) // 2] ^= 1
-        return out
-
-
 def step(model: nn.Module, x: Tensor, again: float, struck: Any) -> tuple[bool, set[str], int]:
     guard = Guard(model, again=again)
-    with LastBit(struck), guard.step() as seen:
+    with Struck(struck, last_bit, at=0), guard.step() as seen:
         torch.softmax(model(x), dim=-1).square().sum().backward()
     return seen.clean, {alarm.sensor for alarm in seen.alarms}, guard.failures
 
@@ -101,7 +86,7 @@ def test_a_product_that_is_written_to_a_part_of_a_tensor_is_run_again_beside_it(
     assert torch.equal(whole[3:7], a @ b)
     assert not whole[:3].any()
     assert not whole[7:].any()
-    with LastBit(aten.mm), guard.step() as struck:
+    with Struck(aten.mm, last_bit, at=0), guard.step() as struck:
         torch.mm(a, b, out=whole[3:7])
     assert [alarm.sensor for alarm in struck.alarms] == ["recompute"]
 
@@ -114,7 +99,7 @@ def test_a_sum_that_is_added_in_place_is_made_again_of_what_was_there() -> None:
         there.index_add_(0, index, rows)
         there.scatter_add_(0, index[:, None].expand(6, 8), rows)
     assert (seen.clean, seen.checks, guard.failures) == (True, 4, 0)
-    with LastBit(aten.index_add_), guard.step() as struck:
+    with Struck(aten.index_add_, last_bit, at=0), guard.step() as struck:
         there.index_add_(0, index, rows)
     assert [alarm.sensor for alarm in struck.alarms] == ["recompute"]
 
@@ -126,7 +111,7 @@ def test_what_only_a_second_run_can_judge_is_run_again_once() -> None:
         there.index_add_(0, index, rows)
         torch.index_add(there, 0, index, rows)
     assert (seen.clean, seen.checks, guard.failures) == (True, 2, 0)
-    with LastBit(aten.index_add_), guard.step() as struck:
+    with Struck(aten.index_add_, last_bit, at=0), guard.step() as struck:
         there.index_add_(0, index, rows)
     assert len(struck.alarms) == 1
 

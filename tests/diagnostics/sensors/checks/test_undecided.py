@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import outliers
+from struck import Struck, first
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics.sensors import inspection
 from diagnostics.sensors.guard import Guard, GuardedStep
@@ -22,19 +22,9 @@ SEEDS = st.integers(2_000_000, 3_000_000)
 STRANGE = (torch.inf, -torch.inf, torch.nan)
 
 
-class Change(TorchDispatchMode):
-    """Changes the first result of an operator, in its memory."""
-
-    def __init__(self, packet: Any, change: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.packet, self.change = packet, change
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is self.packet:
-            self.change(out[0] if isinstance(out, tuple) else out)
-            self.packet = None
-        return out
+def change(operator: Any, damage: Callable[[Tensor], object]) -> Struck:
+    """The first result of the operator's first call."""
+    return Struck(operator, lambda out: damage(first(out)), at=0)
 
 
 def step_of(work: Callable[[], object], *modes: Any, model: nn.Module | None = None, key: int = 3) -> GuardedStep:
@@ -85,10 +75,10 @@ def test_what_is_wrong_in_masked_scores_is_seen(place: tuple[int, ...], value: f
     def work() -> None:
         module(x, x, x, attn_mask=torch.ones(6, 6, dtype=torch.bool).triu_(1))[0].sum().backward()
 
-    def change(out: Tensor) -> None:
+    def wrong(out: Tensor) -> None:
         out[place] = value if value in (0.0, torch.nan) or value != value else out[place] + value
 
-    step = step_of(work, Change(aten.baddbmm, change), model=module)
+    step = step_of(work, change(aten.baddbmm, wrong), model=module)
     assert sensor in {alarm.sensor for alarm in step.alarms if alarm.operation == "baddbmm"}
 
 
@@ -184,7 +174,7 @@ FAULTS = {
 def test_a_wrong_last_bit_beside_them_and_a_nan_that_nothing_gave_alarm(
     name: str, dtype: torch.dtype, fault: str
 ) -> None:
-    def change(out: Tensor) -> None:
+    def wrong(out: Tensor) -> None:
         place = int(out.reshape(-1).isfinite().nonzero()[-1])
         if fault == "NaN":
             out.view(-1)[place] = torch.nan
@@ -192,7 +182,7 @@ def test_a_wrong_last_bit_beside_them_and_a_nan_that_nothing_gave_alarm(
             out.view(torch.int32 if dtype == torch.float32 else torch.int16).view(-1)[place] ^= 1
 
     with torch.no_grad():
-        assert not step_of(identities(2_000_004, dtype)[name], Change(FAULTS[name], change)).clean
+        assert not step_of(identities(2_000_004, dtype)[name], change(FAULTS[name], wrong)).clean
 
 
 @pytest.mark.parametrize("value", STRANGE)
@@ -209,7 +199,7 @@ def test_what_is_not_finite_though_all_that_was_given_is_alarms(value: float) ->
         (aten.index_add, lambda: x.index_add(0, torch.arange(3), x[:3])),
     ):
         with torch.no_grad():
-            step = step_of(work, Change(packet, spoil))
+            step = step_of(work, change(packet, spoil))
         assert {alarm.sensor for alarm in step.alarms} - {"recompute"}
 
 
@@ -225,14 +215,14 @@ def test_of_grouped_products_rows_of_no_group_are_not_compared(by_rows: bool) ->
         if by_rows:
             out[10:] = 7.0
 
-    def change(out: Tensor) -> None:
+    def wrong(out: Tensor) -> None:
         leave_rows(out)
         out.view(torch.int16)[(2, 2) if by_rows else (0, 2, 2)] ^= 1
 
     work = lambda: torch._grouped_mm(*given, offs=offs)  # noqa: E731
     with torch.no_grad():
-        assert step_of(work, Change(aten._grouped_mm, leave_rows)).clean
-        assert not step_of(work, Change(aten._grouped_mm, change)).clean
+        assert step_of(work, change(aten._grouped_mm, leave_rows)).clean
+        assert not step_of(work, change(aten._grouped_mm, wrong)).clean
 
 
 def test_an_infinite_matrix_that_a_product_was_written_over_is_not_covered() -> None:

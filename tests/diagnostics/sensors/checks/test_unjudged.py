@@ -7,28 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from struck import Struck, first
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnostics.sensors.checks.unjudged import finite_readings
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.inspection import Inspection
 
 
-class Struck(TorchDispatchMode):
-    """Puts a value into the middle of an operator's first result, once, below the sensors."""
+def put(name: str, value: float) -> Struck:
+    """A value in the middle of the first result of an operator's first call."""
 
-    def __init__(self, name: str, value: float) -> None:
-        super().__init__()
-        self.name, self.value, self.left = name, value, 1
+    def damage(out: Any) -> None:
+        tensor = first(out)
+        tensor[tuple(size // 2 for size in tensor.shape)] = value
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ == self.name and self.left:
-            self.left -= 1
-            first = out[0] if isinstance(out, (tuple, list)) else out
-            first[tuple(size // 2 for size in first.shape)] = self.value
-        return out
+    return Struck(getattr(torch.ops.aten, name) if name else (), damage, at=0)
 
 
 class Recurrent(nn.Module):
@@ -66,7 +60,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def clean(model: nn.Module, guard: Guard, name: str = "", value: float = torch.nan, key: int = 1) -> bool:
     torch.manual_seed(0)
     model.zero_grad()
-    with Struck(name, value), guard.step(key) as step:
+    with put(name, value), guard.step(key) as step:
         model(torch.randn(5, 3, 16)).square().mean().backward()
     assert guard.failures == 0
     return step.clean
