@@ -64,6 +64,8 @@ def _early(thing: Any) -> Iterator[str]:
 class EarlyUpdates:
     """Keeps a corner of each parameter at the first gradient of every backward, and compares before the optimizer.
 
+    Once parameters have changed in the optimizer's step, and not before it, nothing is kept any more.
+
     Values and not torch's counters of versions: engines write through `.data`, which leaves those alone.
     Does not see: parameters that no gradient reaches as they stand in the model (FSDP's shards) and tensor subclasses.
     """
@@ -71,19 +73,25 @@ class EarlyUpdates:
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [(name, p) for name, p in model.named_parameters() if _readable(p)]
         self._kept: list[_Corners] = []
+        self._settled: list[_Corners] = []  # before the optimizer's last step
         self._backwards: set[int] = set()
         self._hooks = [p.register_hook(self._gradient) for _, p in self._parameters]  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         """A step begins."""
+        settled, self._settled = self._settled, []
+        if settled and _changed(settled, self._corners()):
+            self.close()
         self._kept = []
         self._backwards.clear()
 
     def refuse(self) -> None:
         """Raises RuntimeError where a parameter is not what it was when the last backward had its first gradient."""
         kept, self._kept = self._kept, []
-        changed = _changed(kept, self._corners()) if kept else []
-        if changed:
+        if not kept:
+            return
+        self._settled = self._corners()
+        if changed := _changed(kept, self._settled):
             raise RuntimeError(
                 f"{len(changed)} of {len(self._parameters)} parameters, the first of them {changed[0]}, changed within "
                 "the backward, or after it and before the optimizer's step. What updates so early commits a corrupted "
@@ -91,9 +99,10 @@ class EarlyUpdates:
             )
 
     def close(self) -> None:
-        """Training ends."""
+        """Nothing is looked at any more."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
 
     def _gradient(self, _: Tensor) -> None:
         backward = torch._C._current_graph_task_id()

@@ -219,6 +219,18 @@ def test_nothing_is_left_with_the_parameters_when_training_ends() -> None:
     assert not any(p._backward_hooks for p in model.parameters())
 
 
+@pytest.mark.parametrize(("lr", "looks"), [(0.1, 2 + 1 + 1), (0.0, 4 * (2 + 1) + 3)])
+def test_the_looking_ends_with_the_first_step_in_which_the_optimizer_updates(
+    lr: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two backwards a step, the comparison, and, as the next step begins, what the optimizer did."""
+    looked, corners = [], EarlyUpdates._corners
+    monkeypatch.setattr(EarlyUpdates, "_corners", lambda self: (looked.append(1), corners(self))[1])
+    model = layers()
+    steps(assay.TrainerCallback(), model, SGD(model.parameters(), lr=lr), 4)
+    assert len(looked) == looks
+
+
 class Normalised(nn.Module):
     """Every forward writes to every weight; the first one writes to all parameters."""
 
@@ -311,7 +323,8 @@ def test_what_a_forward_writes_or_leaves_alone_is_no_early_update(kind: str) -> 
     torch.manual_seed(0)
     make, x = (WRITERS | OTHERS)[kind]
     model = make()
-    steps(assay.TrainerCallback(), model, SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), 3, x)
+    for lr in (0.1, 0.0):  # with 0 no step shows that the optimizer is what updates, and all are looked at
+        steps(assay.TrainerCallback(), model, SGD([p for p in model.parameters() if p.requires_grad], lr), 3, x)
 
 
 def test_what_is_written_between_micro_batches_is_no_early_update() -> None:
@@ -320,7 +333,8 @@ def test_what_is_written_between_micro_batches_is_no_early_update() -> None:
             p.data.clamp_(-0.1, 0.1)
 
     model = layers()
-    steps(assay.TrainerCallback(), model, SGD(model.parameters(), lr=0.1), 3, between=clamp)
+    for lr in (0.1, 0.0):
+        steps(assay.TrainerCallback(), model, SGD(model.parameters(), lr), 3, between=clamp)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
