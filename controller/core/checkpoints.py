@@ -47,12 +47,13 @@ def shard_refused(change: Change, event: ShardRefused) -> None:
     if known is None or not 0 < event.generation <= known.generation:
         return
     mark = known.checkpoints.get(event.step)
-    if mark is not None and mark.trust == "revoked":
-        return
+    if mark is not None and (mark.trust == "revoked" or mark.generation >= event.generation):
+        return  # told again, maybe of one that was written anew since
     job = change.job(event.job)
     text = f"checkpoint {event.step} was refused: {event.shard}: {event.reason}"
     newer = [step for step, item in job.checkpoints.items() if step > event.step and item.trust != "revoked"]
-    _remember(job, Checkpoint(event.step, event.generation, "", "revoked"))
+    # A generation restores before it writes anything: the refused one is of an older.
+    _remember(job, Checkpoint(event.step, event.generation - 1, "", "revoked"))
     incident = _blame(change, job, event, text) if job.status in UNDER_WAY else ""
     # The action distrusts all later ones too: right while the refused one is the newest, as in every restore.
     if not newer:

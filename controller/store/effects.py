@@ -101,7 +101,8 @@ def _checkpoint(event: events.CheckpointCaptured | events.CheckpointDurable, now
 
 def _refused(unit: Unit, event: events.ShardRefused, now: float) -> None:
     why = f"refused by {event.node}: {event.shard}: {event.reason}"
-    unit.add("revoke", of_job=event.job, at_step=event.step, to="revoked", why=why, at=now)
+    where = {"of_job": event.job, "at_step": event.step, "before": event.generation}
+    unit.add("revoke", **where, to="revoked", why=why, at=now)
 
 
 def _start(unit: Unit, action: actions.StartGeneration, now: float) -> None:

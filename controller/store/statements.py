@@ -128,7 +128,10 @@ def _checkpoints(dialect: str) -> dict[str, Executable]:
         "promote": update(table)
         .where(of_job, table.c.step == bindparam("at_step"), table.c.trust == "durable")
         .values(**distrust),
-        "revoke": update(table).where(of_job, table.c.step == bindparam("at_step")).values(**distrust),
+        # A generation refuses what an older one wrote: a late report is not of what it wrote itself since.
+        "revoke": update(table)
+        .where(of_job, table.c.step == bindparam("at_step"), table.c.generation < bindparam("before"))
+        .values(**distrust),
         "revoke_since": update(table).where(of_job, table.c.step >= bindparam("since")).values(**distrust),
     }
 

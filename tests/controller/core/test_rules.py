@@ -240,6 +240,22 @@ def test_a_checkpoint_is_verified_only_if_it_continues_the_chain(chain: str, pro
     assert len(story.of(AskHuman)) == 1 - promoted
 
 
+def test_a_refused_checkpoint_that_is_written_anew_counts_like_any_other() -> None:
+    """By the generation that refused it; what another rank says of the refused one may come later still."""
+    story = trained()
+    story.durable(10)
+    story.final(10)
+    story.exit(0, "signal", 12)
+    story.refused(10)
+    assert story.state.jobs["run"].checkpoints[10].trust == "revoked"
+    story.durable(10)
+    assert len(story.of(PromoteCheckpoint)) == 1  # its step has to be final anew
+    story.final(10)
+    assert len(story.of(PromoteCheckpoint)) == 2
+    story.refused(10, rank=1)
+    assert story.state.jobs["run"].checkpoints[10].trust == "verified"
+
+
 def test_wanted_final_steps() -> None:
     story = trained()
     job = "run"

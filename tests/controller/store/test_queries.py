@@ -65,6 +65,11 @@ def story(any_store: Store) -> Iterator[Story]:
 
 
 def finish(told: Story) -> Queries:
+    end(told)
+    return told.store_all()
+
+
+def end(told: Story) -> None:
     job = told.recorder.state.jobs["main"]
     assert job.generation == 2
     for place in job.placements:
@@ -92,7 +97,6 @@ def finish(told: Story) -> Queries:
     for place in job.placements:
         told.hear(place.node, exited(place.rank, 2, "completed", 5, node=place.node))
     assert told.recorder.state.jobs["main"].status == "COMPLETED"
-    return told.store_all()
 
 
 KEYS = """schema job steps committed_steps executed_steps tokens_per_s loss_first loss_last state_digest chain_digest
@@ -243,6 +247,25 @@ def test_revoked_checkpoints_lend_no_digest(story: Story) -> None:
     with story.store.engine.begin() as connection:
         connection.execute(text("UPDATE checkpoints SET trust = 'revoked'"))
     assert queries.run()["state_digest"] == "d5"
+
+
+@pytest.mark.parametrize(("generation", "trust"), [(2, "verified"), (3, "revoked")])
+def test_a_late_refusal_is_not_of_what_its_generation_wrote_itself(story: Story, generation: int, trust: str) -> None:
+    """A generation refuses what it finds at its start. The one in the story wrote the step itself."""
+    end(story)
+    refused = events.ShardRefused(
+        time=1.0,
+        job="main",
+        generation=generation,
+        step=5,
+        path="step-00000005",
+        shard="state",
+        expected="a",
+        found="b",
+        reason="",
+    )
+    story.hear("n0", refused)
+    assert [entry["trust"] for entry in story.store_all().run()["checkpoints"]] == [trust]
 
 
 def judged(story: Story, verdict: str, node: str, step: int, widened: int = 0) -> events.ReplayResult:
