@@ -23,8 +23,8 @@ class Checkpoints(Protocol):
     def written(self) -> int:
         """The newest step of which this rank's shard lies on storage; 0 if it writes none."""
 
-    def wait_copied(self) -> None:
-        """Return once the slot being captured may be overwritten."""
+    def wait_copied(self) -> bool:
+        """Return once the captured slot may be overwritten; False, once, if its copy is not what was committed."""
 
     def start(self, record: SlotRecord, state: State) -> None:
         """Capture the state just committed."""
@@ -47,10 +47,9 @@ class WholeCheckpoints:
     def __init__(self, capture: Capture | None) -> None:
         self._capture = capture
 
-    def wait_copied(self) -> None:
-        """Return once the slot being captured may be overwritten."""
-        if self._capture is not None:
-            self._capture.wait_copied()
+    def wait_copied(self) -> bool:
+        """See `Checkpoints`."""
+        return self._capture is None or self._capture.wait_copied()
 
     def start(self, record: SlotRecord, state: State) -> None:
         """Capture the state just committed."""
@@ -86,9 +85,9 @@ class ShardCheckpoints:
         """As the gate's rows say it."""
         return self._capture.written
 
-    def wait_copied(self) -> None:
-        """Return once the slot being captured may be overwritten."""
-        self._capture.wait_copied()
+    def wait_copied(self) -> bool:
+        """See `Checkpoints`."""
+        return self._capture.wait_copied()
 
     def start(self, record: SlotRecord, state: State) -> None:
         """Capture this rank's shard. A checkpoint that is not complete by now is waited for."""

@@ -224,7 +224,8 @@ class Trainer:
         self._enter(step, "gate")
         self.strike(step, "gate")
         record = self.transaction.record
-        self.own = self.transaction.own()
+        same = self.checkpoints.wait_copied()
+        self.own = self.transaction.own(look=not same)
         row = Row(
             generation=self.seat.generation,
             step=step,
@@ -246,7 +247,6 @@ class Trainer:
         return decide(rows, self.ep), rows
 
     def _commit(self, step: int, outcome: Outcome, rows: list[Row], key: int | None) -> SlotRecord:
-        self.checkpoints.wait_copied()
         self._enter(step, "commit")
         self.strike(step, "commit")
         record = self.transaction.commit(

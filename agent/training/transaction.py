@@ -105,16 +105,16 @@ class Transaction:
         new.meta[SAMPLES] += change.samples
         new.meta[RNG] = change.step
 
-    def own(self) -> int:
+    def own(self, look: bool = False) -> int:
         """Digest of this rank's words of the committed state: as they are now, where nobody else updates them.
 
         What one rank of a mesh holds, or the only rank of a job, no other can contradict: a bit that changed in its
         memory would spread to all alike. Where several ranks have the whole, the digests after the next update tell,
-        and it is the committed one.
+        and it is the committed one, unless there is reason to `look`.
         """
         record = self.record
         shared = record.shard is None and not self._alone
-        return record.digest if shared else self.layout.digest(self.state)
+        return record.digest if shared and not look else self.layout.digest(self.state)
 
     def adopt(self, slot: int, record: SlotRecord) -> None:
         """Make `slot`, whose contents are complete, the committed one, and distrust the other."""

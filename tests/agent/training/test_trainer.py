@@ -128,6 +128,22 @@ def test_memory_that_changes_in_a_step_is_blamed_and_replaced_before_the_commit(
     assert not kinds(reports, "digest_disagreement")
 
 
+@pytest.mark.parametrize("sensors", [True, False])
+def test_memory_that_a_checkpoints_copy_shows_to_have_changed_is_one_incident_and_captured_anew(
+    home: Path, clean: str, sensors: bool
+) -> None:
+    """Of a state that each rank has, no gate looks at the memory for nothing; nor is the step after held."""
+    codes, reports = train(home / f"flipped-capture-{sensors}", flip=(0, 3, "capture"), sensors=sensors)
+    assert (codes, end(reports)) == ([0, 0], clean)
+    (found,) = kinds(reports, "digest_disagreement")
+    assert (found["step"], found["blamed_rank"]) == (3, 0)
+    assert "in memory: the state of n0 hashes to" in found["reason"]
+    assert not kinds(reports, "shard_refused") + kinds(reports, "gate_alarm")
+    (finding,) = kinds(reports, "finding_raised")
+    assert "checkpoint of step 3 was not written: its copy hashes to" in finding["detail"]
+    assert [entry["step"] for entry in kinds(reports, "checkpoint_durable")] == [3, 6]
+
+
 def test_without_sensors_the_next_gate_sees_it_and_goes_back(home: Path) -> None:
     """The negative control: one step late, committed already."""
     codes, reports = train(home / "flipped-unguarded", flip=(1, 3, "forward"), sensors=False)
