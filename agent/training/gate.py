@@ -100,7 +100,8 @@ class Row:
 class Outcome:
     """The decision with its reason; `norm` is the summed gradient's, `suspects` are ranks in rank order.
 
-    `astray` says that nothing alarmed at them, but tokens did not come to the experts that were chosen.
+    `astray` says that nothing alarmed at them, but tokens did not come to the experts that were chosen; `overflowed`,
+    that nothing alarmed, but the sum of their gradients is not finite.
     """
 
     decision: Decision
@@ -108,6 +109,7 @@ class Outcome:
     norm: float = 0.0
     suspects: tuple[int, ...] = ()
     astray: bool = False
+    overflowed: bool = False
 
 
 def decide(rows: Sequence[Row], ep: int = 1) -> Outcome:
@@ -145,7 +147,8 @@ def decide(rows: Sequence[Row], ep: int = 1) -> Outcome:
     for row in rows:
         squared += row.squared_norm
     if not math.isfinite(squared):
-        return Outcome(Decision.REPLAY, "reduced gradient is not finite", suspects=tuple(range(len(rows))))
+        everybody = tuple(range(len(rows)))
+        return Outcome(Decision.REPLAY, "reduced gradient is not finite", suspects=everybody, overflowed=True)
     return Outcome(Decision.COMMIT, "clean", norm=math.sqrt(squared))
 
 

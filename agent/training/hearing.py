@@ -48,7 +48,7 @@ class Hearing:
         Verdicts may end the generation, so the first is said when the last is known, and what ends most is said last:
         that the software is to blame, and only if no device turned out to be.
         """
-        held = replace(held, reason=outcome.reason)
+        held = replace(held, reason=outcome.reason, overflowed=outcome.overflowed)
         traces: dict[int, str] = {}
         heard = []
         for suspect, ruling in self._cases(held, outcome):

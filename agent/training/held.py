@@ -28,8 +28,8 @@ class Held:
     `state` is the committed one: the job's whole state hashed to `digest` then, this rank's words to `own`, and on a
     mesh its neighbour's shard in it must hash to `replica`. `reduction` is what summing gave on this rank, `sums` what
     was wrong in it on any; `findings` are what kept a state that was made already from being committed. `first` is the
-    attempt with which this try of the step began: attempts go on where a roll-back takes a step again. `reason` is the
-    gate's.
+    attempt with which this try of the step began: attempts go on where a roll-back takes a step again. `reason` and
+    `overflowed` are the gate's.
     """
 
     generation: int
@@ -46,6 +46,7 @@ class Held:
     findings: tuple[Finding, ...] = ()
     first: int = 1
     reason: str = ""
+    overflowed: bool = False
 
 
 def vote_body(vote: Vote) -> dict[str, Any]:

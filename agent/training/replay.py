@@ -79,7 +79,7 @@ class Replayer:
         self.daemon = daemon
         self.enter = enter
         self._scratch = torch.empty(0)
-        self._resent = Resent()
+        self._redone = Redone()
 
     def judge(self, held: Held, suspect: int) -> Judged:
         """Collect votes until there is a verdict on `suspect`; the same on every rank, and not published yet."""
@@ -96,8 +96,8 @@ class Replayer:
             votes += cast
             ruling = decide(votes, unavailable, self.engine.spec.replays)
         mesh = self.engine.spec.mesh
-        if mesh is not None and mesh.ep > 1:
-            ruling = self._resent.unless_received(held, suspect, ruling)
+        if held.overflowed or (mesh is not None and mesh.ep > 1):
+            ruling = self._redone.unless_first(held, suspect, ruling)
         concluded = self._conclude(held, suspect, votes, ruling)
         self.roles.close()
         return Judged(suspect, tuple(votes), ruling, *concluded)
@@ -129,14 +129,18 @@ class Replayer:
         return bool(found.deviation)
 
     def _with_original(self, held: Held, suspect: int) -> Held:
-        """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh."""
+        """A suspect that did not alarm itself (a gradient that overflowed in the sum) has its digest taken afresh.
+
+        The sum lies where its gradients were; of the run are the counts and the loss.
+        """
         if suspect != self.group.rank or held.original:
             return held
         self.enter(held.step, "replay")
         self.roles.hand_over(held.state, held.replica, suspect, suspect)
+        gradients, run = self._scratch_buffer(), held.computation
         with self.roles.acting(held.state, suspect) as engine:
-            vote = recompute(engine, self._scratch_buffer(), held.step, suspect, self.members[suspect], "original")
-        return replace(held, original=vote.digest)
+            deviation = engine.compute(held.step, suspect, 0, gradients).deviation
+        return replace(held, original=deviation or vote_digest(gradients, run.counts, run.loss))
 
     def _scratch_buffer(self) -> Tensor:
         """A replay's gradients; made at the first alarm, which most jobs never see."""
@@ -162,6 +166,7 @@ class Replayer:
             computed = held.computation
             alarms = [alarm for alarm in computed.alarms if alarm.sensor not in BETWEEN]
             finite = math.isfinite(computed.loss) and all(math.isfinite(alarm.reading) for alarm in alarms)
+            finite = finite and not held.overflowed
             cast = (held.original, bool(alarms), finite)
             mine = Vote(role, here.node, here.device, os.getpid(), *cast, alarmed=places_of(alarms))
         elif role is not None:
@@ -254,17 +259,18 @@ class Replayer:
         }
 
 
-class Resent:
-    """Of whom the rows that it received were sent again already, in this try of a step; the same on every rank."""
+class Redone:
+    """Whose step came out not finite on every device once, in this try of it; the same on every rank."""
 
     def __init__(self) -> None:
         self._attempts: dict[int, tuple[int, int]] = {}
 
-    def unless_received(self, held: Held, suspect: int, ruling: Ruling) -> Ruling:
-        """The ruling on a suspect whose rows came from other ranks.
+    def unless_first(self, held: Held, suspect: int, ruling: Ruling) -> Ruling:
+        """The ruling on a suspect whose rows came from other ranks, or whose part is finite and the sum is not.
 
-        Votes repeat what a rank made of the rows it received. If all agree and the result is not finite, the rows may
-        have been bad on their way; only an attempt with rows sent again tells that from a fault of the model.
+        Votes repeat what a rank made of the rows it received, and not the sum. If all agree and the result is not
+        finite, the rows may have been bad on their way, or what was added up; only an attempt with rows sent and parts
+        added again tells that from a fault of the model.
         """
         if ruling.verdict is not Verdict.SOFTWARE:
             return ruling
@@ -272,7 +278,7 @@ class Resent:
         if step == held.step and attempt >= held.first:
             return ruling
         self._attempts[suspect] = (held.step, held.attempt)
-        reason = f"{ruling.reason}; what was received may be to blame, so the step is redone"
+        reason = f"{ruling.reason}; what ranks gave each other may be to blame, so the step is redone"
         return replace(ruling, verdict=Verdict.UNDECIDED, reason=reason)
 
 

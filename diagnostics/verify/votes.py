@@ -19,8 +19,8 @@ class Vote:
     original: the run that alarmed. suspect: its replay on the same device. peer: the same sample ids on another node.
     third: the same on a node that is neither (the spare). `alarm` says that some check alarmed, `alarmed` of an
     original and of a suspect which ones did. Checks are functions of the operands and of the step's key: of the same
-    bits they read the same again. `number` counts the votes of a role, from 1: only a suspect casts more than one, and
-    they count as one device.
+    bits they read the same again. `finite` is, of an original that did not alarm, also whether the sum it went into
+    is. `number` counts the votes of a role, from 1: only a suspect casts more than one, and they count as one device.
     """
 
     role: Role
@@ -126,6 +126,8 @@ def _agreed(original: Vote, suspect: Vote, peer: Vote) -> Ruling:
         )
     if not suspect.finite:
         return _verdict(Verdict.SOFTWARE, "every device computes the same result, and it is not finite")
+    if not original.alarm and not original.finite:
+        return _verdict(Verdict.SOFTWARE, "every device computes the same result, and its sum over ranks is not finite")
     return _verdict(Verdict.FALSE_ALARM, f"{suspect.node} and {peer.node} reproduce the run bit for bit")
 
 

@@ -143,7 +143,7 @@ def alarmed(role: Role, *places: str) -> Vote:
         ((TIGHT, LOST), (TIGHT,), Verdict.CORRUPT),  # a tolerance that is too tight as well hides nothing
         ((TIGHT,), (TIGHT, LOST), Verdict.FALSE_ALARM),  # the replay's own matter
         ((), (TIGHT,), Verdict.FALSE_ALARM),
-        ((), (), Verdict.FALSE_ALARM),  # no check of its own alarmed: what overflowed did so in the sum
+        ((), (), Verdict.FALSE_ALARM),
     ],
 )
 def test_an_alarm_that_the_same_bits_do_not_raise_again_was_of_something_wrong(
@@ -170,6 +170,16 @@ def test_a_reading_that_is_not_finite_once_is_no_fault_of_the_software() -> None
     assert everywhere.verdict is Verdict.SOFTWARE
     unseen = decide([replace(each, finite=False) for each in cast("xxx")])  # sensors off: nobody alarms
     assert unseen.verdict is Verdict.SOFTWARE
+
+
+@pytest.mark.parametrize(("alarm", "verdict"), [(False, Verdict.SOFTWARE), (True, Verdict.CORRUPT)])
+def test_what_overflows_in_the_sum_alone_is_no_false_alarm(alarm: bool, verdict: Verdict) -> None:
+    """Nothing alarmed, and all make the same part again. An alarm of the rank's own is about its part: the control."""
+    original = replace(vote("original", "x"), alarm=alarm, finite=False)
+    ruling = decide(cast("xxx", original=original))
+    assert ruling.verdict is verdict
+    assert decide(cast("xyx", original=original)).blamed_node is None  # whose part is another is asked on
+    assert decide(cast("yxx", original=replace(original, digest="y"))).verdict is Verdict.CORRUPT
 
 
 def test_nonsense_is_refused() -> None:

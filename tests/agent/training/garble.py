@@ -3,8 +3,9 @@
 They sit below every check, in the operation's own result, and strike once, in the first attempt of their step.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from agent.model.parallel import routed
 from agent.model.parallel.process_group import ProcessGroup
 from agent.training import division, summing, zero
 from agent.training.collective import Group, Subgroup
+from agent.training.computation import Computation
+from agent.training.engine import Engine
 
 
 @dataclass
@@ -100,6 +103,38 @@ class Garble:
         else:
             tensor.view(-1).view(torch.int32)[self.element] ^= 1 << self.bit
         self.struck += 1
+
+
+@dataclass
+class Overflow:
+    """Software whose gradients in a step are finite on each rank and not in their sum, on whatever device.
+
+    With `once` it is no software: it is in the run of the first attempt alone, on every rank, and no replay has it.
+    With `loss` that run's loss on rank 0 is not finite either.
+    """
+
+    step: int
+    once: bool = False
+    loss: bool = False
+    what: str = "overflow"
+    struck: int = 0
+
+    def strike(self, step: int, phase: str) -> None:
+        """It goes by what is computed."""
+
+    def install(self, rank: int) -> None:
+        """Let the engine of this process overflow."""
+        original = Engine.compute
+
+        def computing(engine: Engine, step: int, rank: int, attempt: int, gradients: Tensor) -> Computation:
+            found = original(engine, step, rank, attempt, gradients)
+            if step == self.step and (attempt == 1 or not self.once):
+                gradients[5] = 3e38
+                self.struck += 1
+                found = replace(found, loss=math.nan) if self.loss and rank == 0 else found
+            return found
+
+        Engine.compute = computing  # type: ignore[method-assign]
 
 
 def _traded(args: tuple[Any, ...], side: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from garble import Garble
+from garble import Garble, Overflow
 
 SPEC = {
     "schema": "assay.job/1",
@@ -81,7 +81,7 @@ def _rank(
     drills: list[Any],
     flip: tuple[int, int, str] | None,
     byte: int,
-    garbles: Sequence[Garble],
+    garbles: Sequence[Garble | Overflow],
 ) -> None:
     from agent.drills import Drill, Drills, Surroundings
     from agent.slots import Slots
@@ -142,7 +142,7 @@ def train(
     drills: list[dict[str, Any]] | None = None,
     flip: tuple[int, int, str] | None = None,
     byte: int = 4096,
-    garbles: Sequence[Garble] = (),
+    garbles: Sequence[Garble | Overflow] = (),
     timeout: float = 120,
     **changes: Any,
 ) -> tuple[list[int | None], list[list[dict[str, Any]]]]:

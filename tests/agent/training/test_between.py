@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from garble import Garble
+from garble import Garble, Overflow
 from ranks import SPEC, train
 
 from agent.model import PRESETS, V3
@@ -88,6 +88,41 @@ def test_who_alarms_falsely_is_not_blamed_for_a_sum_that_another_spoilt(home: Pa
     assert len(kinds(reports, "garbled")) == 1
     assert {entry["rank"] for entry in kinds(reports, "gate_alarm") if entry["step"] == 1} >= {1}
     assert {ruling["verdict"] for ruling in kinds(reports, "replay_result")} == {"FALSE_ALARM"}
+
+
+OVERFLOWED: list[tuple[bool, dict[str, Any]]] = [
+    (True, {}),
+    (False, {}),
+    (True, {"sensors": False}),
+    (False, {"sensors": False}),
+]
+
+
+@pytest.mark.parametrize(("once", "how"), OVERFLOWED)
+def test_a_sum_that_is_not_finite_though_no_rank_alarmed_is_the_softwares_if_its_redo_is_not_either(
+    home: Path, whole: str, once: bool, how: dict[str, Any]
+) -> None:
+    """No tolerance was too tight, for there was no alarm; and no device is to blame for what all of them make."""
+    folder = home / f"overflow-{once}-{len(how)}"
+    codes, reports = train(folder, garbles=[Overflow(3, once)], **WHOLE, **how)
+    verdicts = [(r["attempt"], r["verdict"]) for r in kinds(reports, "replay_result")]
+    first, last = [(1, "UNDECIDED")] * 3, [(2, "SOFTWARE")] * 3
+    assert sorted(verdicts) == (first if once else first + last)
+    assert {"sum over ranks is not finite" in r["reason"] for r in kinds(reports, "replay_result")} == {True}
+    assert not any(r["widened"] for r in kinds(reports, "replay_result"))
+    if once:
+        assert (codes, end(reports)) == ([0, 0, 0], whole)
+    else:
+        assert codes == [4, 4, 4]
+        assert all("StepRefused: step 3: every device computes the same" in rank[-1]["error"] for rank in reports)
+
+
+def test_a_loss_that_was_finite_again_is_its_own_devices_though_nothing_alarmed(home: Path) -> None:
+    """What the sum was made of is overwritten, but not the loss: without sensors the gate holds the step too."""
+    codes, reports = train(home / "overflow-loss", garbles=[Overflow(2, once=True, loss=True)], **PAIR)
+    assert codes == [0, 0]
+    found = {r["rank"]: (r["verdict"], r["blamed_node"], r["recurrent"]) for r in kinds(reports, "replay_result")}
+    assert found == {0: ("CORRUPT", "n0", False), 1: ("UNDECIDED", "", False)}
 
 
 def test_a_wrong_update_is_held_and_the_majority_says_whose(home: Path, whole: str) -> None:

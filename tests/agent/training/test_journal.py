@@ -10,7 +10,7 @@ from torch import Tensor
 from agent.training.collective import PeerLost
 from agent.training.held import Held
 from agent.training.journal import Deviation, Journal, Wire
-from agent.training.replay import Resent
+from agent.training.replay import Redone
 from diagnostics.health import Verdict
 from diagnostics.verify.votes import Role, Vote, decide
 
@@ -112,13 +112,13 @@ def test_agreement_on_what_is_not_finite_is_settled_by_sending_again() -> None:
     votes = [Vote(role, node, node, 1, "d", True, False) for role, node in NOT_FINITE]
     ruling = decide(votes)
     assert ruling.verdict is Verdict.SOFTWARE
-    resent = Resent()
-    softened = resent.unless_received(held(1), 0, ruling)
+    redone = Redone()
+    softened = redone.unless_first(held(1), 0, ruling)
     assert (softened.verdict, softened.blamed_node) == (Verdict.UNDECIDED, None)
     assert "redone" in softened.reason
-    assert resent.unless_received(held(2), 0, ruling) is ruling
+    assert redone.unless_first(held(2), 0, ruling) is ruling
     false_alarm = decide([replace(vote, finite=True) for vote in votes])
-    assert Resent().unless_received(held(1), 0, false_alarm) is false_alarm
+    assert Redone().unless_first(held(1), 0, false_alarm) is false_alarm
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_rows_are_sent_again_once_in_each_try_and_not_by_the_number_of_the_attem
 ) -> None:
     """The attempt in which they are bad first need not be the first one."""
     ruling = decide([Vote(role, node, node, 1, "d", True, False) for role, node in NOT_FINITE])
-    resent = Resent()
-    assert resent.unless_received(held(2), 0, ruling).verdict is Verdict.UNDECIDED
-    assert (resent.unless_received(held(attempt, step, first), suspect, ruling) is ruling) is again
+    redone = Redone()
+    assert redone.unless_first(held(2), 0, ruling).verdict is Verdict.UNDECIDED
+    assert (redone.unless_first(held(attempt, step, first), suspect, ruling) is ruling) is again
 
 
 def held(attempt: int, step: int = 5, first: int = 1) -> Held:
