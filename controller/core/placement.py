@@ -81,13 +81,20 @@ def told(job: Job) -> str:
     return "; ".join(f"{', '.join(names)}: {detail}" for detail, names in nodes.items())
 
 
-def has_replacement(change: Change, job: Job) -> bool:
-    """Whether some node without a rank is in service, or may be back in time."""
+def spared(change: Change, job: Job, name: str) -> bool:
+    """Whether there are nodes for all ranks if `name` goes, beside what a restart avoids: in service, or maybe back."""
     back = change.now - change.policy.node_return_s
-    return any(
-        not job.holds(node.name) and node.state not in OUT and (node.linked or node.lost_at > back)
+    free = [
+        node
         for node in change.state.nodes.values()
-    )
+        if not job.holds(node.name)
+        and node.name != name
+        and node.state not in OUT
+        and (node.linked or node.lost_at > back)
+    ]
+    leaving = {name, *(job.restart.avoid if job.restart is not None else ())}
+    holes = [p for p in job.placements if p.node in leaving or change.state.nodes[p.node].state in OUT]
+    return len(free) >= len(holes)
 
 
 def waits(change: Change, job: Job, restart: Restart) -> list[float]:

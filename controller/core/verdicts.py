@@ -4,8 +4,8 @@ from controller.core.actions import AskHuman
 from controller.core.change import Change
 from controller.core.events import ReplayResult, Vote
 from controller.core.jobs import end
-from controller.core.nodes import Weigh, accuse, quarantine
-from controller.core.placement import has_replacement
+from controller.core.nodes import OUT, Weigh, accuse, quarantine
+from controller.core.placement import spared
 from controller.core.restarts import require
 from controller.core.state import Incident, Job, JobStatus
 from controller.core.suspicion import blamed, doubted, excused
@@ -16,8 +16,8 @@ CORRUPT, FALSE_ALARM, UNDECIDED, SOFTWARE = "CORRUPT", "FALSE_ALARM", "UNDECIDED
 def rule(change: Change, job: Job, key: str, event: ReplayResult, counts: bool = True) -> None:
     """Act on a verdict. It is held against the device as the policy weighs it; only repeated ones cost a restart.
 
-    Of a generation that is being ended already it is recorded and weighed; nothing is restarted twice, and the job ends
-    only where no device can help.
+    Of a generation that is being ended already it is recorded and weighed: another device is taken out if there is a
+    node for its rank too, nothing is restarted twice, and the job ends only where no device can help.
     counts: False of a corruption that was held against its device already, by what another rank made of it.
     """
     incident = change.incident(key)
@@ -75,13 +75,31 @@ def _corrupt(change: Change, job: Job, incident: Incident, event: ReplayResult, 
     if level >= change.policy.quarantine_at:
         reasons.append(f"suspicion of it has come to {level:.2f}")
     stayed = event.recurrent or last == event.step
-    if reasons and job.restart is not None:
-        change.note(incident.id, f"{device}: {'; '.join(reasons)}; generation {job.generation} ends already")
-    elif reasons and event.blamed_node in change.state.nodes and (stayed or has_replacement(change, job)):
-        _replace(change, job, incident.id, event.blamed_node, f"{device}: {'; '.join(reasons)}")
+    known = event.blamed_node in change.state.nodes
+    why = f"{device}: {'; '.join(reasons)}"
+    if reasons and job.restart is not None and (but := _stays(change, job, event)):
+        change.note(incident.id, f"{why}; generation {job.generation} ends already, {but}")
+    elif reasons and known and (stayed or spared(change, job, event.blamed_node)):
+        _replace(change, job, incident.id, event.blamed_node, why)
     elif reasons:  # its redone steps are clean, so the job goes on; a node of nobody's cannot be replaced
         question = f"{device} should be replaced and cannot be: {reasons[0]}. Add a node."
         change.act(AskHuman, job, "", event.reason, incident=incident.id, question=question)
+
+
+def _stays(change: Change, job: Job, event: ReplayResult) -> str:
+    """Why a device to blame beside what the generation ends for is not taken out with it; "" if it is.
+
+    A device that is taken out itself takes nobody along: some other one must have voted, or brought the verdict.
+    """
+    nodes = change.state.nodes
+    voices = {vote.node for vote in event.votes} - {event.blamed_node} or {event.node}
+    if event.blamed_node not in nodes:
+        return "and its node is not known"
+    if nodes[event.blamed_node].state in OUT:
+        return "and its node is out of service"
+    if all(name in nodes and nodes[name].state in OUT for name in voices):
+        return f"and it stays: only {', '.join(sorted(voices))} speaks against it"
+    return "" if spared(change, job, event.blamed_node) else "and it stays: no node is left for its rank"
 
 
 def _replace(change: Change, job: Job, key: str, name: str, why: str) -> None:
@@ -89,10 +107,11 @@ def _replace(change: Change, job: Job, key: str, name: str, why: str) -> None:
     quarantine(change, name, job, why, key)
     if not job.holds(name):
         return
-    if not has_replacement(change, job):
+    if not spared(change, job, name):
         question = f"{name} is quarantined ({why}) and no spare is left. Add a node, then submit {job.id} again."
         change.act(AskHuman, job, "", why, incident=key, question=question)
         end(change, job, JobStatus.FAILED, f"{name} is quarantined and no spare is left: {why}", key)
         return
     job.outage = job.outage or key
-    require(change, job, job.outage, why, known=True, avoid=(name,), first=name)
+    # A restart that is under way for a cause that is not known yet still waits for it.
+    require(change, job, job.outage, why, known=job.restart is None, avoid=(name,), first=name)

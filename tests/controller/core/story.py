@@ -248,11 +248,13 @@ class Story:
         evidence: tuple[str, str] = ("", ""),
         attempt: int = 0,
         first: int = 0,
+        voters: str = "",
     ) -> list[Action]:
-        """`attempt`, and the `first` of this try: 0 is what an agent of before says."""
+        """`attempt`, and the `first` of this try: 0 is what an agent of before says. `voters`: "n0,n2", beside it."""
         reporter = self.home(rank if by is None else by)
         suspect = self.home(rank)
         votes = (self.vote("original", suspect, "bad"), self.vote("suspect", suspect, "bad" if recurrent else "good"))
+        votes += tuple(self.vote(r, n, "good") for r, n in zip(("peer", "third"), voters.split(","), strict=False) if n)
         told = self._replayed(reporter, step, rank, votes, verdict=verdict, blamed=blamed, recurrent=recurrent)
         told = replace(told, evidence=evidence[0], evidence_note=evidence[1])
         return self.feed(replace(told, attempt=attempt, first_attempt=first))

@@ -228,8 +228,8 @@ def test_the_redo_of_a_state_whose_blame_came_late_is_judged() -> None:
 def test_verdicts_on_the_same_attempt_are_kept_though_the_first_ends_the_generation(
     second: str, blamed: str, held: int, recurrent: bool
 ) -> None:
-    """They are weighed as at any time, and order no second restart and no end of the job."""
-    story = trained(spares=2)
+    """They are weighed as at any time, and order no second restart, no end of the job and no node that is not there."""
+    story = trained()
     story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=True, attempt=1)
     job = story.state.jobs["run"]
     assert (job.status, job.generation) == ("RESTARTING", 1)
@@ -245,6 +245,66 @@ def test_verdicts_on_the_same_attempt_are_kept_though_the_first_ends_the_generat
     told = story.verdict("CORRUPT", rank=0, step=12, blamed="n0", recurrent=True, attempt=2)
     assert told  # of the new generation
     assert story.feed(replace(story.fed[-1][0], generation=1)) == []  # the negative control: of one that is over
+
+
+@pytest.mark.parametrize(
+    ("spares", "voters", "taken", "told"),
+    [
+        (2, "n1,n2", ["n1", "n0"], ""),
+        (2, "n2", ["n1", "n0"], ""),
+        (1, "n1,n2", ["n1"], "and it stays: no node is left for its rank"),
+        (2, "n1", ["n1"], "and it stays: only n1 speaks against it"),
+        (2, "", ["n1"], "and it stays: only n1 speaks against it"),  # it brought the verdict
+    ],
+)
+def test_two_bad_devices_of_one_attempt_go_together_if_there_are_nodes_and_another_device_speaks_against_both(
+    spares: int, voters: str, taken: list[str], told: str
+) -> None:
+    """One wrong device must not take along the peer that it differs from."""
+    story = trained(spares=spares)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=True, by=0, attempt=1, voters="n0,n2")
+    story.verdict("CORRUPT", rank=0, step=12, blamed="n0", recurrent=True, by=1, attempt=1, voters=voters)
+    assert [action.target for action in story.of(Quarantine)] == taken  # type: ignore[attr-defined]
+    notes = [note.text for note in story.state.incidents["inc-0002"].timeline]
+    assert any(told in text for text in notes)
+    assert story.state.incidents["inc-0002"].verdict == "CORRUPT"
+    story.result("StopGeneration", "n1")
+    assert story.state.jobs["run"].generation == 2
+    assert started(story) == ([(0, "n2"), (1, "n3")] if len(taken) == 2 else [(0, "n0"), (1, "n2")])
+    assert [name for name, node in story.state.nodes.items() if node.state == "QUARANTINED"] == sorted(taken)
+
+
+@pytest.mark.parametrize(("spares", "taken"), [(2, ["n1", "n2"]), (1, ["n1"])])
+def test_a_bad_spare_gets_no_rank_of_the_device_that_goes_if_there_is_another(spares: int, taken: list[str]) -> None:
+    story = trained(spares=spares)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=True, attempt=1)
+    story.verdict("CORRUPT", rank=0, step=12, blamed="n2", recurrent=True, attempt=1)
+    assert [action.target for action in story.of(Quarantine)] == taken  # type: ignore[attr-defined]
+    story.result("StopGeneration", "n1")
+    assert started(story) == [(0, "n0"), (1, "n3" if spares == 2 else "n2")]
+
+
+def test_a_bad_device_whose_node_goes_already_needs_no_second_node() -> None:
+    story = trained()
+    story.hello("n2", new=True)
+    story.hello("n1", new=True)
+    assert story.state.jobs["run"].status == "RESTARTING"
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=True, by=0, attempt=1, voters="n0,n2")
+    assert [action.target for action in story.of(Quarantine)] == ["n1"]  # type: ignore[attr-defined]
+    story.ready("n2")
+    assert started(story) == [(0, "n0"), (1, "n2")]
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_a_bad_device_goes_though_a_worker_ended_before_its_verdict_was_told(recurrent: bool) -> None:
+    """The restart still waits for what ended the worker."""
+    story = trained()
+    story.exit(0, "collective", 12)
+    story.verdict("CORRUPT", rank=1, step=12, blamed="n1", recurrent=recurrent, by=0, attempt=1, voters="n0,n2")
+    assert story.state.jobs["run"].generation == 1
+    story.now += 1.0
+    story.tick()
+    assert started(story) == [(0, "n0"), (1, "n2" if recurrent else "n1")]
 
 
 def test_states_that_differed_are_held_to_the_device_though_a_worker_ended_before_that_was_told() -> None:
