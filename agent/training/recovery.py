@@ -11,7 +11,7 @@ from agent.training.collective import Group
 from agent.training.division import Division
 from agent.training.engine import MOMENTS, Engine
 from agent.training.replay import Daemon
-from agent.training.sources import Source
+from agent.training.sources import Source, Tell
 from agent.training.transaction import StateLost, Transaction
 
 
@@ -38,9 +38,9 @@ class Recovery:
         self.daemon = daemon
         self.generation = generation
 
-    def restore(self) -> None:
+    def restore(self, tell: Tell) -> None:
         """Find the nearest trusted state: live slots, a peer's, a checkpoint, the initial state."""
-        found = self.source.recover(self.generation) or self._from_checkpoint() or self._from_seed()
+        found = self.source.recover(self.generation, tell) or self._from_checkpoint() or self._from_seed()
         self._agree()
         record = self.transaction.record
         self.daemon.report(
@@ -57,17 +57,17 @@ class Recovery:
             urgent=True,
         )
 
-    def roll_back(self) -> None:
+    def roll_back(self, tell: Tell) -> None:
         """Return to the step before the committed one. Raises StateLost if no rank still has it unharmed."""
-        self.source.return_to(self.transaction.record.step - 1, self.generation)
+        self.source.return_to(self.transaction.record.step - 1, self.generation, tell)
         self._agree()
 
     def mend(self) -> None:
-        """Give ranks whose committed state changed in memory those of a rank that has it unharmed.
+        """Give ranks whose committed state changed in memory, as is known, that of a rank that has it unharmed.
 
         Raises StateLost if there is none.
         """
-        if self.source.recover(self.generation) is None:
+        if self.source.recover(self.generation, lambda altered: None) is None:
             raise StateLost(f"no rank holds step {self.transaction.record.step} unharmed")
         self._agree()
 

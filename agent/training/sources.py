@@ -1,5 +1,6 @@
 """Where ranks find a live state again: in their own slots, or in another rank's, over the group."""
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -16,21 +17,24 @@ from agent.training.restore import (
     choose_shards,
 )
 from agent.training.shards import ShardLayout
-from agent.training.transaction import StateLost, Transaction
+from agent.training.transaction import Altered, StateLost, Transaction
 from agent.training.zero import Zero1
 from diagnostics.sensors.digest import digest
+
+#: Hears, on every rank, which slots of each rank no longer hash to their records, before anything follows from it.
+Tell = Callable[[Sequence[Sequence[Altered]]], None]
 
 
 class Source(Protocol):
     """Live state. Every rank makes the same calls."""
 
-    def recover(self, generation: int) -> str | None:
+    def recover(self, generation: int, tell: Tell) -> str | None:
         """Take the nearest state that can be trusted, as `generation`; gives "live" or "replica", None without one.
 
         Raises StateLost if what arrives is not what was sent, PeerLost.
         """
 
-    def return_to(self, step: int, generation: int) -> None:
+    def return_to(self, step: int, generation: int, tell: Tell) -> None:
         """Go back to `step`, the one before the committed one. Raises StateLost if nobody holds it unharmed."""
 
 
@@ -41,18 +45,23 @@ class WholeSource:
         self._group = group
         self._transaction = transaction
 
-    def recover(self, generation: int) -> str | None:
+    def recover(self, generation: int, tell: Tell) -> str | None:
         """Holders adopt their slot, the others receive it."""
-        choice = choose(self._group.gather_objects([_holding(r) for r in self._transaction.holdings()]))
+        held, altered = self._transaction.holdings()
+        gathered = self._group.gather_objects(([_holding(r) for r in held], altered))
+        tell([a for _, a in gathered])
+        choice = choose([h for h, _ in gathered])
         if choice is None:
             return None
         self._take(choice, generation)
         return "live" if self._group.rank in choice.holders else "replica"
 
-    def return_to(self, step: int, generation: int) -> None:
+    def return_to(self, step: int, generation: int, tell: Tell) -> None:
         """From the other slot, whose bits still hash to its record."""
-        record = self._transaction.previous()
-        choice = agreed(self._group.gather_objects([_holding(record)] if record else []), step)
+        held, altered = _sorted(self._transaction.previous())
+        gathered = self._group.gather_objects((held, altered))
+        tell([a for _, a in gathered])
+        choice = agreed([h for h, _ in gathered], step)
         if choice is None:
             raise StateLost(f"no rank holds step {step} unharmed")
         self._take(choice, generation)
@@ -84,23 +93,25 @@ class ShardSource:
         self._layout = layout
         self._division = division
 
-    def recover(self, generation: int) -> str | None:
+    def recover(self, generation: int, tell: Tell) -> str | None:
         """Lost shards come from their replicas, what all hold alike from anybody; then replicas are made anew."""
-        own = [_holding(r) for r in self._transaction.holdings()]
+        held, altered = self._transaction.holdings()
+        own = [_holding(r) for r in held]
         replicas = [_holding(r) for slot in (0, 1) if (r := self._verified_replica(slot))]
-        gathered = self._group.gather_objects((own, replicas))
-        choice = choose_shards([o for o, _ in gathered], [r for _, r in gathered])
+        gathered = self._group.gather_objects((own, replicas, altered))
+        tell([a for *_, a in gathered])
+        choice = choose_shards([o for o, *_ in gathered], [r for _, r, _ in gathered])
         if choice is None or not self._take(choice, generation):
             return None
         return "live" if self._group.rank in choice.holders else "replica"
 
-    def return_to(self, step: int, generation: int) -> None:
+    def return_to(self, step: int, generation: int, tell: Tell) -> None:
         """From the other slot of every rank, or its replica."""
-        record = self._transaction.previous()
+        own, altered = _sorted(self._transaction.previous())
         replica = self._verified_replica(1 - self._transaction.current)
-        mine = [[_holding(r)] if r else [] for r in (record, replica)]
-        gathered = self._group.gather_objects(mine)
-        choice = agreed_shards([o for o, _ in gathered], [r for _, r in gathered], step)
+        gathered = self._group.gather_objects((own, [_holding(replica)] if replica else [], altered))
+        tell([a for *_, a in gathered])
+        choice = agreed_shards([o for o, *_ in gathered], [r for _, r, _ in gathered], step)
         if choice is None or not self._take(choice, generation):
             raise StateLost(f"the shards of step {step} are not all there, unharmed")
 
@@ -139,6 +150,13 @@ class ShardSource:
             self._group.send(mine, taker)
         elif self._group.rank == taker:
             self._group.receive(target, giver)
+
+
+def _sorted(found: SlotRecord | Altered | None) -> tuple[list[Holding], list[Altered]]:
+    """What one slot holds, and whether it changed."""
+    if isinstance(found, Altered):
+        return [], [found]
+    return ([_holding(found)] if found else []), []
 
 
 def _holding(record: SlotRecord) -> Holding:

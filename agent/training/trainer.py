@@ -115,7 +115,7 @@ class Trainer:
         if self.group.rank == 0:
             self.storage.fence(self.seat.generation)
         self.group.barrier()
-        self.recovery.restore()
+        self.recovery.restore(self.doubt.altered)
         if self.group.rank == 0:
             tidy(self.spec, self.transaction.record.step, self.seat.generation)
         describe = described(self.engine, self.seat.generation, self.recovery.parent_step())

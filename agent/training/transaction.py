@@ -21,6 +21,14 @@ class StateLost(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Altered:
+    """A slot whose words, which hashed to its record when that was written, hash to `now`: memory changed."""
+
+    record: SlotRecord
+    now: int
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """What a commit needs besides the gradients: all of it is the same on every rank.
 
@@ -122,20 +130,24 @@ class Transaction:
         self.slots.commit(slot)
         self.slots.invalidate(1 - slot)
 
-    def previous(self) -> SlotRecord | None:
-        """The step before the committed one, if its slot still has the bits of its record."""
-        return self.verified(1 - self.current)
+    def previous(self) -> SlotRecord | Altered | None:
+        """The step before the committed one, as its slot has it."""
+        return self.look(1 - self.current)
 
-    def verified(self, slot: int) -> SlotRecord | None:
-        """The slot's record if its contents hash to it now."""
+    def look(self, slot: int) -> SlotRecord | Altered | None:
+        """The slot's record, if its contents hash to it now; None if it is empty or was being written."""
         record = self.slots.record(slot)
-        if record is None or self.layout.digest(self._states[slot]) != record.own:
+        if record is None:
             return None
-        return record
+        now = self.layout.digest(self._states[slot])
+        return record if now == record.own else Altered(record, now)
 
-    def holdings(self) -> list[SlotRecord]:
+    def holdings(self) -> tuple[list[SlotRecord], list[Altered]]:
         """What both slots hold, contents verified. A rank whose committed slot changed trusts none of its memory."""
         committed = self.slots.committed
-        if committed is None or self.verified(committed) is None:
-            return []
-        return [record for slot in (0, 1) if (record := self.verified(slot)) is not None]
+        if committed is None:
+            return [], []
+        found = [self.look(slot) for slot in (0, 1)]
+        altered = [one for one in found if isinstance(one, Altered)]
+        held = [one for one in found if isinstance(one, SlotRecord)]
+        return ([] if isinstance(found[committed], Altered) else held), altered

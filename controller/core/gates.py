@@ -5,7 +5,7 @@ from dataclasses import replace
 from controller.core.actions import AskHuman, DeliverVote, Replay
 from controller.core.change import Change
 from controller.core.events import AuditResult, DigestDisagreement, GateAlarm, ReplayResult, Vote
-from controller.core.incidents import add_evidence, add_votes, open_incident
+from controller.core.incidents import add_evidence, add_votes, of_job, open_incident
 from controller.core.placement import ready
 from controller.core.state import UNDER_WAY, Gate, Job, JobStatus, Node
 from controller.core.verdicts import CORRUPT, UNDECIDED, rule
@@ -78,6 +78,9 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
         return
     place = job.placed(event.blamed_rank)
     text = _difference(event)
+    if place is not None and (known_as := _told_before(change, job, event, place.device)):
+        change.note(known_as, f"{text}: {event.reason}")
+        return
     # The gate and the record both compare digests: the first to report them speaks for both.
     known = [gate for gate in job.gates.values() if gate.step == event.step]
     after = [gate for gate in known if change.state.incidents[gate.incident].before_commit is False]
@@ -113,9 +116,35 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
     rule(change, job, gate.incident, verdict)
 
 
+def _told_before(change: Change, job: Job, event: DigestDisagreement, device: str) -> str:
+    """The open incident of an earlier generation that this memory was held against its device in; "" if there is none.
+
+    Whose memory changed is known before its words are made good: if the workers ended in between, it is found again.
+    """
+    if not _in_memory(event):
+        return ""
+    steps = (event.step, event.step + 1)  # as the gate's hash, or as ranks that compared the next state, found it
+    return next(
+        (
+            item.id
+            for item in of_job(change, job)
+            if item.closed_at is None
+            and (item.kind, item.verdict, item.device) == ("sdc", CORRUPT, device)
+            and item.generation < event.generation
+            and item.detected_step in steps
+        ),
+        "",
+    )
+
+
+def _in_memory(event: DigestDisagreement) -> bool:
+    """Whether the state changed in memory since it was committed: then it had the digest of all."""
+    return len(set(event.digests.values())) <= 1
+
+
 def _difference(event: DigestDisagreement) -> str:
-    """What is wrong with the states; one that changed in memory since it was committed had the digest of all."""
-    if len(set(event.digests.values())) > 1:
+    """What is wrong with the states."""
+    if not _in_memory(event):
         texts = ", ".join(f"rank {rank} {digest}" for rank, digest in sorted(event.digests.items()))
         return f"the states after step {event.step} differ: {texts}"
     whose = f" of rank {event.blamed_rank}" if event.blamed_rank >= 0 else ""

@@ -10,7 +10,8 @@ from agent.slots import ShardDigests, SlotRecord
 from agent.training.doubt import Doubt
 from agent.training.gate import Row
 from agent.training.held import Member
-from agent.training.transaction import StateLost
+from agent.training.sources import Tell
+from agent.training.transaction import Altered, StateLost
 
 WORLD = 3
 OWN = [10, 20, 30]  # what each rank's shard hashed to when it was committed
@@ -37,10 +38,12 @@ class Ranks:
 class Past:
     """A recovery that finds the step before, or does not."""
 
-    def __init__(self, lost: bool) -> None:
+    def __init__(self, lost: bool, altered: Sequence[Sequence[Altered]]) -> None:
         self.lost = lost
+        self.altered = altered
 
-    def roll_back(self) -> None:
+    def roll_back(self, tell: Tell) -> None:
+        tell(self.altered)
         if self.lost:
             raise StateLost("no rank holds step 4 unharmed")
 
@@ -59,12 +62,18 @@ class Reports:
 
 
 def doubted(
-    now: Sequence[int], redone: Sequence[int], digests: Sequence[int], *, rank: int = 0, lost: bool = False
+    now: Sequence[int],
+    redone: Sequence[int],
+    digests: Sequence[int],
+    *,
+    rank: int = 0,
+    lost: bool = False,
+    altered: Sequence[Sequence[Altered]] = (),
 ) -> list[dict[str, Any]]:
     """What `rank` says of step 5, of which each rank's shard now hashes to `now` and, redone, to `redone`."""
     reports, group = Reports(), Ranks(now, redone, rank)
     members = [Member(f"n{number}", f"cpu-n{number}", 1) for number in range(WORLD)]
-    doubt = Doubt("job", 1, group, members, Past(lost), reports)  # type: ignore[arg-type]
+    doubt = Doubt("job", 1, group, members, Past(lost, altered), reports)  # type: ignore[arg-type]
     rows = [
         Row(1, 6, 1, False, 0.0, 0.0, 5, digest, 0.0, (), intact=now[number] == OWN[number])
         for number, digest in enumerate(digests)
@@ -107,3 +116,31 @@ def test_the_redo_completes_what_is_known() -> None:
 
 def test_memory_of_all_ranks_that_changed_is_told_by_the_first() -> None:
     assert [body["blamed_rank"] for body in doubted([11, 21, 31], OWN, ALIKE)] == [0, 1, 2]
+
+
+def altered(rank: int, *steps: int) -> list[list[Altered]]:
+    """Slots of `rank` with these steps, which hash to the step now."""
+    slots = [Altered(SlotRecord(1, step, 40, 0, ShardDigests(OWN[rank], 0)), step) for step in steps]
+    return [slots if number == rank else [] for number in range(WORLD)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_of_a_rank_that_is_found_when_a_state_is_looked_for_is_reported_once(rank: int) -> None:
+    """Of both slots, the newest; by a rank whose memory did not change."""
+    reports = Reports()
+    members = [Member(f"n{number}", f"cpu-n{number}", 1) for number in range(WORLD)]
+    doubt = Doubt("job", 2, Ranks(OWN, OWN, rank), members, Past(False, ()), reports)  # type: ignore[arg-type]
+    doubt.altered(altered(0, 4, 5))
+    doubt.altered(altered(0))
+    assert len(reports.told) == rank
+    for body in reports.told:
+        assert (body["step"], body["blamed_rank"], body["times"]) == (5, 0, 1)
+        assert body["digests"] == {0: f"{40:016x}"}
+        assert f"the state of n0 hashes to {5:016x}, it was {10:016x}, when a state was looked for" in body["reason"]
+
+
+@pytest.mark.parametrize(("rank", "found"), [(1, [(5, 1)]), (2, [(4, 2), (5, 1)])])
+def test_what_a_wrong_state_was_made_of_is_no_fault_beside_it(rank: int, found: list[tuple[int, int]]) -> None:
+    """The state of rank 1 is another one, for its memory changed before; of rank 2 nobody would know."""
+    told = doubted(OWN, [10, 22, 30], APART, altered=altered(rank, 4))
+    assert [(body["step"], body["blamed_rank"]) for body in told] == found

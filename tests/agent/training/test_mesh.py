@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import train
+from ranks import flip_state, train
 
 from agent.model import PRESETS, V3
 from agent.model.parallel import Echo, ExpertParallel
@@ -128,12 +128,15 @@ def test_a_lost_node_is_made_good_by_its_neighbour_and_two_by_a_checkpoint(home:
         ("replica", 3),
         ("live", 3),
     ]
+    assert not kinds(reports, "digest_disagreement")
     for node in ("n2", "n3"):
         shutil.rmtree(home / "lost-two" / node)
+    flip_state(home / "lost-two" / "n0" / "job.slots")  # is told, though no memory helps any more
     storage = str(home / "lost-two" / "checkpoints")
     codes, reports = train(home / "lost-two", generation=2, drills=kill, **{**PAIRS, "storage": storage})
     assert (codes, end(reports)) == (FINE, end(clean))
     assert {(e["source"], e["step"]) for e in kinds(reports, "resumed")} == {("checkpoint", 2)}
+    assert [(e["step"], e["blamed_rank"]) for e in kinds(reports, "digest_disagreement")] == [(3, 0)]
 
 
 def layout_of(rank: int) -> ShardLayout:

@@ -103,6 +103,7 @@ def test_killed_in_any_phase_the_next_generation_ends_in_the_same_bits(home: Pat
     resumed = kinds(second, "resumed")
     assert {entry["source"] for entry in resumed} == {"live"}
     assert {entry["step"] for entry in resumed} <= {3, 4}
+    assert not kinds(second, "digest_disagreement")  # a slot that was being written says nothing of its memory
 
 
 def test_memory_that_changed_while_nobody_trained_is_replaced_from_the_peer(home: Path, clean: str) -> None:
@@ -112,6 +113,9 @@ def test_memory_that_changed_while_nobody_trained_is_replaced_from_the_peer(home
     codes, reports = train(folder, generation=2)
     assert (codes, end(reports)) == ([0, 0], clean)
     assert [entry["source"] for entry in kinds(reports, "resumed")] == ["live", "replica"]
+    (found,) = kinds(reports, "digest_disagreement")
+    assert (found["step"], found["blamed_rank"], found["generation"], found["times"]) == (3, 1, 2, 1)
+    assert "in memory: the state of n1 hashes to" in found["reason"]
 
 
 @pytest.mark.parametrize("phase", ["forward", "reduce", "commit"])

@@ -203,6 +203,32 @@ def test_a_state_that_changed_in_memory_is_not_told_as_states_that_differ() -> N
     assert "differ: rank 0 good, rank 1 bad" in other.state.incidents["inc-0001"].timeline[0].text
 
 
+@pytest.mark.parametrize(
+    ("step", "rank", "faults"),
+    [
+        (12, 1, 1),
+        (11, 1, 1),  # the ranks found it when they compared the state after it
+        (10, 1, 2),
+        (12, 0, 1),  # of another device
+    ],
+)
+@pytest.mark.parametrize("restarted", [True, False])
+def test_memory_that_is_found_again_after_a_restart_is_held_against_its_device_once(
+    step: int, rank: int, faults: int, restarted: bool
+) -> None:
+    story = trained()
+    story.disagreement(12, blamed=1, times=1, memory=True)
+    if restarted:
+        story.exit(0, "error", 13)
+        assert story.state.jobs["run"].generation == 2
+    story.disagreement(step, blamed=rank, times=1, memory=True)
+    echo = step == 12 and not restarted
+    expected = {"serial-n1": 1} if rank == 0 else {"serial-n1": faults if restarted or echo else 2}
+    if rank == 0:
+        expected["serial-n0"] = 1
+    assert {key: held.faults for key, held in story.state.suspicion.items()} == expected
+
+
 @pytest.mark.parametrize("blamed", [0, 1])
 def test_memory_that_changed_on_two_ranks_is_held_against_both(blamed: int) -> None:
     story = trained()
