@@ -24,8 +24,7 @@ def gate_alarm(change: Change, event: GateAlarm) -> None:
     if known and event.attempt > gate.alarmed:
         again = f"attempt {event.attempt} of step {event.step} alarmed too"
         change.note(gate.incident, again if gate.alarmed else text)
-    latest = max(gate.attempt, event.attempt)
-    gate = _keep(job, replace(gate, attempt=latest, alarmed=max(gate.alarmed, event.attempt)))
+    gate = _keep(job, replace(gate, alarmed=max(gate.alarmed, event.attempt)))
     role = "third" if any(vote.role == "peer" for vote in event.votes) else "peer"
     wanted = event.needs_third and event.attempt > gate.judged
     if wanted and (event.attempt, role) > (gate.asked, gate.role) and not job.restart:
@@ -50,16 +49,15 @@ def replay_result(change: Change, event: ReplayResult) -> None:
     if job is None or job.placed(event.rank) is None:
         return
     gate = _gate(change, job, event.step, event.rank, f"the gate holds step {event.step}, rank {event.rank} was asked")
-    # Alarm and verdict come from two nodes, so either may be the first to arrive.
     attempt = event.attempt or max(gate.attempt, 1)
     if gate.judged >= attempt:
         return  # told again
-    undecided = attempt if event.verdict == UNDECIDED else 0
-    _keep(job, replace(gate, attempt=max(gate.attempt, attempt), judged=attempt, undecided=undecided))
+    undecided = event.verdict == UNDECIDED
+    _keep(job, replace(gate, judged=attempt, undecided=undecided))
     add_votes(change.incident(gate.incident), event.votes)
     add_evidence(change, gate.incident, event.evidence, event.evidence_note)
     # An undecided step whose redo is undecided again is no passing fault.
-    again = bool(undecided) and gate.undecided >= max(event.first_attempt, 1)
+    again = undecided and gate.undecided and gate.judged >= event.first_attempt
     counts = event.recurrent or not _told_already(change, job, gate, attempt, event.blamed_device)
     rule(change, job, gate.incident, replace(event, recurrent=event.recurrent or again), counts)
 
@@ -95,9 +93,9 @@ def digest_disagreement(change: Change, event: DigestDisagreement) -> None:
         gate = _gate(change, job, event.step, event.blamed_rank, text, before_commit=False)
         change.incident(gate.incident).before_commit = False  # also of one that was held before it was committed
         attempt = gate.attempt + 1
-    _keep(job, replace(gate, attempt=attempt, judged=attempt, differed=event.times))
+    _keep(job, replace(gate, judged=attempt, differed=event.times))
     for other in [other for other in job.gates.values() if other.step == event.step]:
-        _keep(job, replace(other, undecided=0))  # the step is taken again
+        _keep(job, replace(other, undecided=False))  # the step is taken again
     verdict = ReplayResult(
         time=event.time,
         node=event.node,
@@ -171,7 +169,7 @@ def audit_result(change: Change, event: AuditResult) -> None:
     gate = _gate(change, job, event.step, event.rank, text, before_commit=False)
     if gate.judged:
         return
-    _keep(job, replace(gate, attempt=1, judged=1))
+    _keep(job, replace(gate, judged=1))
     change.incident(gate.incident).verdict = UNDECIDED
     question = f"{text}: expected {event.expected}, found {event.found}. Which device is bad?"
     change.act(AskHuman, job, "", text, incident=gate.incident, question=question)

@@ -72,9 +72,9 @@ def _restarting(state: State, job: Job) -> list[str]:
 
 def _gates(state: State, job: Job) -> list[str]:
     return [
-        f"job {job.id}: gate {key} has judged attempt {gate.judged} of {gate.attempt}"
+        f"job {job.id}: gate {key} of {gate.incident} asked about attempt {gate.asked} of {gate.alarmed}"
         for key, gate in job.gates.items()
-        if gate.judged > gate.attempt or gate.incident not in state.incidents
+        if gate.asked > gate.alarmed or gate.incident not in state.incidents
     ]
 
 

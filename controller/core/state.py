@@ -7,7 +7,7 @@ from controller.core.actions import Action, Placement
 from controller.core.events import Device, Drill, Vote
 from controller.core.policy import Policy
 
-STATE_VERSION = 4  # grows when a stored snapshot can no longer be read as it is
+STATE_VERSION = 5  # grows when a stored snapshot can no longer be read as it is
 
 
 class NodeState(StrEnum):
@@ -114,26 +114,30 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A held step of one suspect rank. Invariant: `judged` <= `attempt`.
+    """A held step of one suspect rank, by its attempts. Invariant: `asked` <= `alarmed`.
 
-    `attempt` is the newest one known of, `alarmed` the newest one whose alarm came, `judged` the newest one with a
-    verdict, `undecided` that one if nobody could tell (else 0), `asked` the newest one for which a spare's vote was
-    arranged, in the place of `role` ("peer", "third"). `replay` is the outstanding Replay's id, to be answered by
-    `vote_due`. `differed` is how often the ranks have said that they committed this step's state otherwise.
+    `alarmed` is the newest one whose alarm came, `judged` the newest one with a verdict, `undecided` whether that said
+    that nobody could tell, `asked` the newest one for which a spare's vote was arranged, as `role` ("peer", "third").
+    `replay` is the outstanding Replay's id, to be answered by `vote_due`. `differed` is how often the ranks have said
+    that they committed this step's state otherwise.
     """
 
     step: int
     rank: int
     incident: str
-    attempt: int = 0
     alarmed: int = 0
     judged: int = 0
-    undecided: int = 0
+    undecided: bool = False
     asked: int = 0
     role: str = ""
     replay: str = ""
     vote_due: float = 0.0
     differed: int = 0
+
+    @property
+    def attempt(self) -> int:
+        """The newest one known of; 0 before any. Alarm and verdict come from two nodes, in either order."""
+        return max(self.alarmed, self.judged)
 
 
 @dataclass(frozen=True, slots=True)
