@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from little_v3 import CONFIG
 from torch import Tensor
 
-from agent.model import V3, V3Config
+from agent.model import V3
 from agent.model.parallel import Echo, ExpertParallel
 from agent.slots import SlotRecord, Slots
 from agent.training.collective import Subgroup
@@ -21,21 +22,6 @@ from agent.training.transaction import Altered, Commit, Transaction
 from agent.training.zero import Zero1
 from diagnostics.sensors.digest import digest
 
-CONFIG = V3Config(
-    vocab_size=40,
-    hidden_size=24,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    kv_lora_rank=12,
-    intermediate_size=20,
-    moe_intermediate_size=12,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-)
 PARTS = ["master.embed", "master.layers", "exp_avg.", "exp_avg_sq.", "router_bias.", "meta"]
 KINDS = ["fp32", "bf16 moments", "mesh"]
 

@@ -8,29 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from little_v3 import CONFIG
 
-from agent.model import V3, V3Config
+from agent.model import V3
 from agent.model.parallel import Echo, ExpertParallel
 from agent.training.layout import StateLayout
 from agent.training.shards import ShardLayout
 from agent.training.spec import JobSpec, Mesh, SpecError
 from diagnostics.sensors.digest import digest
 
-CONFIG = V3Config(
-    vocab_size=40,
-    hidden_size=24,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    kv_lora_rank=12,
-    intermediate_size=20,
-    moe_intermediate_size=12,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-)
 MASK = 2**64 - 1
 SIZES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (6, 2), (8, 8), (3, 1)]
 MOMENTS = [torch.float32, torch.bfloat16]
