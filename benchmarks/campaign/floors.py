@@ -35,8 +35,8 @@ class Deviation:
 
     floor: of that row in the same units, 0 for a check bit by bit; None where none is computed here. above: whether the
     check promises to see the fault: one wrong element of a row when it is above the floor, several when the chance that
-    their sum under random signs is below it in all rows is less than MISSED. That sum is about Gaussian; of bf16
-    products its mean square over PROBES draws is what counts.
+    their sum under random signs is below it is less than MISSED in one row at least. That sum is about Gaussian; of
+    bf16 products its mean square over PROBES draws is what counts.
     """
 
     size: float | None
@@ -76,7 +76,7 @@ class Struck:
 def deviation(struck: Struck) -> Deviation:
     """Of one blow."""
     harm = struck.harm
-    limit = _LIMITS.get(getattr(struck.func, "overloadpacket", None), _bit_by_bit)
+    limit = _limit_of(struck)
     if not harm.before.is_floating_point():
         excess = _bit_by_bit(struck)
         return Deviation(None, None, None) if excess is None else Deviation(None, 0.0, bool((excess > 0).any()))
@@ -86,7 +86,7 @@ def deviation(struck: Struck) -> Deviation:
     excess = limit(struck)
     if excess is None:
         return Deviation(_short(sizes.max()), None, None)
-    above = _promised(excess, harm.changed, _is_energy(struck))
+    above = _is_promised(excess, harm.changed, energy=limit is _rounded_product)
     if limit is _bit_by_bit:
         return Deviation(_short(sizes.max()), 0.0, above)
     worst = int(excess.argmax())
@@ -99,15 +99,22 @@ def deviation(struck: Struck) -> Deviation:
     return Deviation(_short(size), None if floor is None else _short(floor), above)
 
 
-def _is_energy(struck: Struck) -> bool:
-    """Whether the check reads the mean square of many sums: that of `checks.rounded`."""
-    if _LIMITS.get(getattr(struck.func, "overloadpacket", None)) is not _product:
-        return False
-    return struck.harm.before.dtype == struck.args[-1].dtype == torch.bfloat16
+def _limit_of(struck: Struck) -> Callable[[Struck], Tensor | None]:
+    """What gives the rows' differences in units of what the check of this operator and type publishes."""
+    packet = getattr(struck.func, "overloadpacket", None)
+    if packet not in _PRODUCTS:
+        return _OTHERS.get(packet, _bit_by_bit)
+    return _rounded_product if struck.harm.before.dtype == struck.args[-1].dtype == torch.bfloat16 else _product
 
 
-def _promised(excess: Tensor, changed: Tensor, energy: bool) -> bool:
-    """Whether faults of this size in each row (1 is the floor) are missed with a chance of less than MISSED."""
+def _is_promised(excess: Tensor, changed: Tensor, energy: bool) -> bool:
+    """Whether faults of this size in each row (1 is the floor) are missed with a chance of less than MISSED.
+
+    All rows meet the same random signs, and those of like tokens are wrong alike: they may all be missed in the same
+    draw. So the chance is taken as that of the row which is missed the least, and no smaller for there being more.
+
+    energy: whether the check reads the mean square of many sums (`checks.rounded`), not one sum.
+    """
     least = excess.clamp(min=_TINY)
     if energy:
         half = torch.tensor(PROBES / 2, dtype=excess.dtype)
@@ -115,7 +122,7 @@ def _promised(excess: Tensor, changed: Tensor, energy: bool) -> bool:
     else:
         several = torch.erf(1 / (least * math.sqrt(2)))
     chances = torch.where(excess > 1, torch.where(changed.sum(1) > 1, several, 0.0), 1.0)
-    return float(chances.prod()) < MISSED
+    return float(chances.min()) < MISSED
 
 
 def delta_of(harm: Damage) -> Tensor:
@@ -132,28 +139,31 @@ def delta_of(harm: Damage) -> Tensor:
 def _product(struck: Struck) -> Tensor | None:
     """`checks.gemm` in fp32: z kappa_accumulate (|alpha| ||A_i|| ||W||_F + |beta| ||D_i|| + ALIKE ||C_i||)."""
     kappa = struck.kappa(*struck.kernels)
-    if kappa is None:
+    if kappa is None or kappa.output:
         return None
-    plane, before = struck.harm.plane, struck.harm.before.double()
-    left, right = (operand[plane].double() for operand in struck.args[-2:])
+    left, right = _operands(struck)
     alpha, beta = abs(struck.kwargs.get("alpha", 1)), abs(struck.kwargs.get("beta", 1))
-    if kappa.output:
-        return _rounded_product(struck, kappa, left, right, alpha) if _is_energy(struck) else None
+    before = struck.harm.before.double()
     noise = alpha * _norms(left) * torch.linalg.vector_norm(right).clamp(min=NORM_FLOOR)
     if len(struck.args) == 3 and beta:
         added = struck.args[0]
-        added = added.expand(before.shape) if added.dim() < 3 else added[plane]
+        added = added.expand(before.shape) if added.dim() < 3 else added[struck.harm.plane]
         noise = noise + beta * torch.linalg.vector_norm(added.double(), dim=-1)
     noise = noise + ALIKE * torch.minimum(torch.linalg.vector_norm(before, dim=1), noise)
     return _over(struck.delta, kappa.accumulate_at(max(right.shape[1], left.shape[1])) * noise / LEAST)
 
 
-def _rounded_product(struck: Struck, kappa: Kappa, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+def _rounded_product(struck: Struck) -> Tensor | None:
     """`checks.rounded`, for bf16.
 
     TAIL kappa_output sqrt(1 + 4 / N) sqrt(||C_i||^2 + ||A_i||^2 max(gain, alpha^2 mean ||W_k||^2)), the mean over rows
     that are not zero, and z kappa_accumulate |alpha| ||A_i|| ||W||_F.
     """
+    kappa = struck.kappa(*struck.kernels)
+    if kappa is None:
+        return None
+    left, right = _operands(struck)
+    alpha = abs(struck.kwargs.get("alpha", 1))
     before, (inner, columns) = struck.harm.before.double(), right.shape
     squares, rows = before.square().sum(1), left.square().sum(1)
     gain = squares.sum() / rows.sum().clamp(min=NORM_FLOOR**2)
@@ -164,6 +174,11 @@ def _rounded_product(struck: Struck, kappa: Kappa, left: Tensor, right: Tensor, 
     return torch.linalg.vector_norm(struck.delta, dim=1) / (
         limits + Z * kappa.accumulate_at(max(columns, inner)) * terms
     )
+
+
+def _operands(struck: Struck) -> tuple[Tensor, Tensor]:
+    left, right = (operand[struck.harm.plane].double() for operand in struck.args[-2:])
+    return left, right
 
 
 def _norms(matrix: Tensor) -> Tensor:
@@ -214,8 +229,8 @@ def _over(delta: Tensor, limits: Tensor) -> Tensor:
 
 
 _TINY = torch.finfo(torch.float64).tiny
-_LIMITS: dict[Any, Callable[[Struck], Tensor | None]] = {
-    **dict.fromkeys((aten.mm, aten.addmm, aten.bmm, aten.baddbmm), _product),
+_PRODUCTS = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm})
+_OTHERS: dict[Any, Callable[[Struck], Tensor | None]] = {
     aten._softmax: _softmax,
     aten._softmax_backward_data: _softmax_backward,
 }

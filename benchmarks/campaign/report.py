@@ -77,14 +77,14 @@ def figures(lines: Sequence[Line], audit: float) -> Iterator[Figure]:
         yield share(f"recall, harmful, {precision}", filter(harmful, part), caught)
         yield share(f"recall, unmasked, {precision}", filter(unmasked, part), caught)
         yield share(f"recall, unmasked and above the floor, {precision}", filter(above, part), caught)
-        yield _promised(f", {precision}", part)
+        yield _identities_alone(f", {precision}", part)
     for operation in OPERATIONS:
         part = [line for line in lines if line["operation"] == operation]
         yield from _by_class(f"operation {operation}", part, audit)
         for precision in PRECISIONS:
             alike = [line for line in part if line["precision"] == precision]
             yield share(f"recall, harmful, operation {operation}, {precision}", filter(harmful, alike), caught)
-            yield _promised(f", operation {operation}, {precision}", alike)
+            yield _identities_alone(f", operation {operation}, {precision}", alike)
     for model in sorted({line["model"] for line in lines}):
         yield from _by_class(f"model {model}", [line for line in lines if line["model"] == model], audit)
 
@@ -106,7 +106,7 @@ def _overall(lines: Sequence[Line]) -> Iterator[Figure]:
     yield share("recall, unmasked", filter(unmasked, lines), caught)
     yield share("recall, unmasked and above the floor", visible, caught, TARGETS["above the floor"])
     yield proven("recall, unmasked and above the floor, 95 % lower bound", visible, caught, TARGETS["above the floor"])
-    yield _promised("", lines)
+    yield _identities_alone("", lines)
     early = [line for line in seen if harmful(line)]
     yield share("caught before the commit, of harmful that were caught", early, _before, TARGETS["before commit"])
     yield share("device found, of unmasked with a verdict", judged, _right, TARGETS["attribution"])
@@ -115,7 +115,7 @@ def _overall(lines: Sequence[Line]) -> Iterator[Figure]:
     yield share("alarms that name the module, of those of the struck operator", filter(_names, seen), _named)
 
 
-def _promised(name: str, lines: Iterable[Line]) -> Figure:
+def _identities_alone(name: str, lines: Iterable[Line]) -> Figure:
     """What identities alone see of the faults above their floor."""
     found = [line for line in lines if above(line) and line["floor"]]
     return share(f"recall, unmasked and above an identity's floor, nothing drawn{name}", found, by_identity)

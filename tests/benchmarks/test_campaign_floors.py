@@ -127,6 +127,24 @@ def test_several_wrong_elements_of_a_rounded_row_are_promised_little_above_the_f
         assert least <= sum(value <= 1 for value in readings) <= most
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 3.0), (torch.bfloat16, 1.2)])
+def test_many_rows_that_are_wrong_alike_are_promised_no_more_than_one(dtype: torch.dtype, factor: float) -> None:
+    """They meet the same random signs, so all are missed in the same draws: more often than MISSED, however many."""
+    args = random(1, 32, dtype=dtype).expand(64, 32).contiguous(), random(32, 64, seed=1, dtype=dtype)
+    out = args[0] @ args[1]
+    floor = of(aten.mm.default, args, (), out, out + 1).floor * float(out[0].float().square().mean().sqrt())
+    bad = (out.float() + random(64, seed=5) / random(64, seed=5).norm() * floor * factor).to(dtype)
+    told = of(aten.mm.default, args, (), out, bad)
+    assert told.size > told.floor
+    assert not told.above
+    readings = [reading(gemm.CHECKS, aten.mm.default, args, bad, key) for key in range(200)]
+    assert sum(value <= 1 for value in readings) > 4
+    bad[9, 1:] = out[9, 1:]  # a row with one wrong element above the floor is seen in every draw
+    bad[9, 0] = out[9, 0] + 2 * floor
+    assert of(aten.mm.default, args, (), out, bad).above
+    assert all(reading(gemm.CHECKS, aten.mm.default, args, bad, key) > 1 for key in range(200))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_nearly_nothing_have_the_checks_own_least_floor(dtype: torch.dtype) -> None:
     """Norms are clamped: what is far below them is no fault that is promised to be seen."""
