@@ -78,9 +78,9 @@ class Wrong(NamedTuple):
 class Upkeep:
     """What is known of the optimizer's state, and what has been found wrong in it and not been put right.
 
-    The sampler draws whether an update is repeated, and which tensors are hashed, by the number of the update, where it
-    has the next step watched. A check
-    that fails itself does not stop the optimizer: it is counted in `failures`, and said in `looked`.
+    Where the next step is watched the sampler draws whether an update is repeated, and which tensors are hashed, by the
+    number of the update; where it is not, neither is done. A check that fails itself does not stop the optimizer: it is
+    counted in `failures`, and said in `looked`.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, sampler: Sampler) -> None:
