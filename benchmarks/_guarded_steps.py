@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from diagnostics.sensors.checks.registry import plan_of
 from diagnostics.sensors.coverage import Coverage, CoverageRow
 from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.inspection import Inspection
-from diagnostics.sensors.outlay import seconds_an_operator
+from diagnostics.sensors.outlay import watching
+from diagnostics.sensors.sampling import Sampler
 from diagnostics.sensors.upkeep import Upkeep
 
 # Steps of a budget before the first round, in which it learns its share; False: of one that draws steps, unwatched.
@@ -55,6 +57,12 @@ SETTINGS = (
     Setting("products alone", 0.0, products=True),
     Setting("a budget of 0.8 %", budget=SAMPLED, target=SAMPLED),
 )
+
+
+#: Of which every operator is watched, to see what that takes.
+WATCHED = SETTINGS[-1]
+NOTHING = 1e-12  # as a share of the calls
+_LOOKS = 3  # steps
 
 
 class Cost(NamedTuple):
@@ -226,7 +234,7 @@ class Bench:
         if guard.upkeep is not None:
             guard.upkeep.spent()
         self.operators = step.operators or self.operators
-        return seconds, sum(aside) + step.seconds + step.operators * seconds_an_operator(), sum(aside)
+        return seconds, sum(aside) + step.seconds + watching(step.looking, step.operators), sum(aside)
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         """What it took until the device was through with it."""
@@ -242,14 +250,9 @@ class Bench:
         share: the chance of a call to be drawn; the budget, which the faults' time would upset, is set aside.
         """
         guard = self.guards[setting.name]
-        sampler = guard.sampler
-        learned = vars(sampler).copy()
-        sampler.budget, sampler.share, sampler.period, sampler.watches = None, share, 1, True
-        try:
+        with _drawing(guard.sampler, share):
             narrow = (lambda: self._narrow(guard)) if setting.products else (lambda: None)
             return strike_all(guard, self.passes, times, narrow=narrow)
-        finally:
-            vars(sampler).update(learned)
 
     def _narrow(self, guard: Guard) -> None:
         eyes = eyes_of_step()
@@ -268,8 +271,15 @@ class Bench:
         return sum(value.nbytes for value in (*self.model.parameters(), *moments))
 
     def watching(self) -> float:
-        """What looking at a step's operators takes at least, drawn or not: a share of the plain step's time."""
-        return self.operators * seconds_an_operator() / statistics.median(self.plain)
+        """What looking at a step's operators takes when none is checked: a share of the plain step's time."""
+        guard = self.guards[WATCHED.name]
+        account, guard.account = guard.account, Coverage()
+        try:
+            with _drawing(guard.sampler, NOTHING):
+                checks = [self._taken(WATCHED, watched=True)[1] for _ in range(_LOOKS)]
+        finally:
+            guard.account = account
+        return statistics.median(checks) / statistics.median(self.plain)
 
     def covered(self, setting: Setting) -> Covered:
         """What the timed steps covered."""
@@ -278,6 +288,17 @@ class Bench:
         products = [row for row in inside if row.operation in ("mm", "addmm", "bmm")]
         rest = [row for row in rows if row.module == _OPTIMIZER and row.operation == "at rest"]
         return Covered(_share(products), _share(inside), _share(rest) if rest else None)
+
+
+@contextmanager
+def _drawing(sampler: Sampler, share: float) -> Iterator[None]:
+    """It draws calls with this chance, and learns nothing."""
+    learned = vars(sampler).copy()
+    sampler.budget, sampler.share, sampler.period, sampler.watches = None, share, 1, True
+    try:
+        yield
+    finally:
+        vars(sampler).update(learned)
 
 
 def _noted(upkeep: Upkeep) -> list[float]:

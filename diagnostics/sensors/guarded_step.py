@@ -148,7 +148,7 @@ class GuardedStep:
         if not guard.enabled:
             return
         guard.account.step(self._watched)
-        guard.spending.over(self._clock, self._watched, self.seconds, self.operators)
+        guard.spending.over(self._clock, self._watched, self.seconds, self.looking, self.operators)
         if not self._watched:
             return
         if has_compiled():
@@ -174,6 +174,11 @@ class GuardedStep:
     def seconds(self) -> float:
         """What the step's checks took, the host's time."""
         return self._inspection.seconds
+
+    @property
+    def looking(self) -> float:
+        """What it took beside to look at the operators, as far as it was timed (`outlay.watching`)."""
+        return self._inspection.looking
 
     @property
     def operators(self) -> int:

@@ -74,6 +74,8 @@ class Inspection:
         self._again = again
         self.all_seen = again >= 1 and sampler.share >= 1 and sampler.budget is None and not has_compiled()
         self._recomputation = Recomputation(key, self.account, sampler, again) if compare else None
+        self.looking = 0.0  # seconds of `run`, the operators' own and those of checks left out
+        self._ran = 0.0  # seconds of the operators
         self._seconds = 0.0
         self._covered = False  # whether a check has judged the call that is looked at
         self._calls = 0
@@ -81,13 +83,19 @@ class Inspection:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator and look at it."""
+        begin, ran, checks = time.perf_counter(), self._ran, self.seconds
+        out = self._inspect(func, args, kwargs)
+        self.looking += time.perf_counter() - begin - (self._ran - ran) - (self.seconds - checks)
+        return out
+
+    def _inspect(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.operators += 1
         facts = facts_of(func)
         plan = facts.plan
         if facts.writes:
             self.written.note(func, args, kwargs)
         if plan is None or inside_announced():
-            out = func(*args, **kwargs)
+            out = self._call(func, args, kwargs)
             if facts.changes:
                 self._show(None, func, args, kwargs, out)
             return out
@@ -95,7 +103,7 @@ class Inspection:
         self._covered = False
         share = self._again if plan.again else 1.0
         if plan.check is None or not self._sampler.draws(self._key, self._calls, share):
-            out = func(*args, **kwargs)
+            out = self._call(func, args, kwargs)
             if plan.writes:
                 self.tried(plan.name, lambda: self.bench.forget(written_by(func, args, kwargs)))
             self.tried(plan.name, lambda: self._pass_by(plan, args, out))
@@ -106,7 +114,7 @@ class Inspection:
         begin = time.perf_counter()
         before = self.account.tried(plan.name, lambda: self._before(plan, func, args, kwargs), failed=_FAILED)
         ran = time.perf_counter()
-        out = func(*args, **kwargs)
+        out = self._call(func, args, kwargs)
         looked = time.perf_counter()
         if plan.writes:
             self.tried(plan.name, lambda: self.bench.forget(written_by(func, args, kwargs)))
@@ -116,6 +124,12 @@ class Inspection:
         self._seconds += time.perf_counter() - looked + ran - begin
         if facts.changes or inside():
             self._show(plan, func, args, kwargs, out)
+        return out
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        begin = time.perf_counter()
+        out = func(*args, **kwargs)
+        self._ran += time.perf_counter() - begin
         return out
 
     def announced(self, product: Announced, out: Tensor) -> None:

@@ -1,4 +1,8 @@
-"""What being looked at costs an operator that no check is drawn for: a budget must bear that too."""
+"""What being looked at costs operators that no check is drawn for: a budget must bear that too.
+
+The most of it is timed as it happens: between operators that take milliseconds, looking takes two or three times as
+long as in a loop of small ones, since nothing of it is left in the caches.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +28,24 @@ from diagnostics.sensors.watch import Eyes, Keeper
 _LAYERS, _ROUNDS = 16, 5
 
 
+def watching(looking_s: float, operators: int) -> float:
+    """Host seconds that it takes to watch so many operators, of which so long (`Inspection.looking`) was timed."""
+    return looking_s + operators * beside()
+
+
 @cache
-def seconds_an_operator() -> float:
-    """Host seconds that a step's modes, its hooks for modules and saved tensors and its account take for an operator.
+def beside() -> float:
+    """Of that, for an operator, what nobody times: entering a step's modes, its hooks for modules and saved tensors.
 
     Measured once in a process, as the mean over forward and backward of layers that are too small to take any time
     themselves, with no check drawn.
     """
 
-    def round_of() -> float:
-        begin = time.perf_counter()
+    def round_of(inspection: Inspection | None = None) -> float:
+        begin, looking = time.perf_counter(), 0.0 if inspection is None else inspection.looking
         model(x).sum().backward()
-        return time.perf_counter() - begin
+        took = time.perf_counter() - begin
+        return took if inspection is None else took - (inspection.looking - looking)
 
     with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.enable_grad():
         model = nn.Sequential(*(layer for _ in range(_LAYERS) for layer in (nn.Linear(1, 1), nn.Tanh())))
@@ -49,7 +59,7 @@ def seconds_an_operator() -> float:
             watching = modes.enter_context(Eyes(inspection))
             modes.enter_context(Keeper(watching)).follow(modes)
             modes.enter_context(standing(Saved(inspection, watching.formulas)))
-            watched = min(round_of() for _ in range(_ROUNDS))
+            watched = min(round_of(inspection) for _ in range(_ROUNDS))
     return max(0.0, watched - plain) / (inspection.operators / _ROUNDS)
 
 

@@ -12,9 +12,9 @@ NOT_WATCHED = "not drawn: a share of the steps is watched"
 # Checks that took the budget by their own clock would exceed it: in every second step by the draw, and in the mean by
 # what no clock of theirs sees, as the caches that they leave to the operators after them.
 AIM = 0.7
-# A step counts 0.7 of the one after it, so that what all checks cost is the mean over some three steps at the present
-# share.
-_KEEPS = 0.7
+# A step counts 0.9 of the one after it, so that what all checks cost is the mean over some ten steps at the present
+# share: of fewer it is so noisy that its inverse, the share, comes out a fifth too high in the mean.
+_KEEPS = 0.9
 # One step that drew nothing, or only what is cheap, must not make the next one dear.
 _GROWS = 2.0
 _LEAST = 1e-4  # of the calls of a step that is watched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from diagnostics.sensors.outlay import seconds_an_operator
+from diagnostics.sensors.outlay import watching
 from diagnostics.sensors.sampling import Sampler
 from diagnostics.sensors.stopwatch import Stopwatch
 from diagnostics.sensors.upkeep import Upkeep
@@ -16,11 +16,13 @@ _GUESSED = 0.75
 
 
 class _Step(NamedTuple):
-    """One that is over on the host. checks_s, operators: the host's time for its checks, and how many were watched."""
+    """One that is over on the host. checks_s, looking_s: the host's time for its checks, and for watching `operators`,
+    as far as it was timed."""
 
     clock: Stopwatch
     watched: bool
     checks_s: float
+    looking_s: float
     operators: int
 
 
@@ -40,12 +42,12 @@ class Spending:
         self._plain_s: float | None = None  # of an unwatched step
         self._cold = True  # no step was watched yet
 
-    def over(self, clock: Stopwatch, watched: bool, checks_s: float, operators: int) -> None:
+    def over(self, clock: Stopwatch, watched: bool, checks_s: float, looking_s: float, operators: int) -> None:
         """A step's forward and backward are over."""
         if self._sampler.budget is None:
             self._aside()
             return
-        self._over.append(_Step(clock, watched, checks_s, operators))
+        self._over.append(_Step(clock, watched, checks_s, looking_s, operators))
         self.settle()
         self._sampler.over()
 
@@ -60,15 +62,15 @@ class Spending:
         if not step.watched:
             self._plain_s = took if self._plain_s is None else _KEEPS * self._plain_s + (1 - _KEEPS) * took
             return
-        checks, watching, aside = step.checks_s, step.operators * seconds_an_operator(), self._aside()
+        checks, looking, aside = step.checks_s, watching(step.looking_s, step.operators), self._aside()
         if self._cold:
             self._cold = False
             return
         if on_device or (self._plain_s is not None and self._sampler.period > 1):
             longer = _GUESSED * took if self._plain_s is None else max(0.0, took - self._plain_s)
-            watching = min(watching, longer)
-            checks = longer - watching
-        self._sampler.spent(checks + aside, took + aside, watching, whole=on_device)
+            looking = min(looking, longer)
+            checks = longer - looking
+        self._sampler.spent(checks + aside, took + aside, looking, whole=on_device)
 
     def _aside(self) -> float:
         """What the optimizer's checks took since this was asked last."""

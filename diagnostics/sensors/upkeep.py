@@ -165,10 +165,12 @@ class Upkeep:
         if self._inside > 1:
             return
         self._steps += 1
+        if not self._sampler.watches:
+            return
         updated = [
             (group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.numel()
         ]
-        if not updated or not self._sampler.watches:
+        if not updated:
             return
         reason = _why_not(args, kwargs) or self._not_asked or ("" if self._draws(0) else NOT_DRAWN)
         if reason:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from diagnostics.sensors.outlay import seconds_an_operator
+from diagnostics.sensors import inspection, saved
+from diagnostics.sensors.guard import Guard
+from diagnostics.sensors.outlay import beside
 from diagnostics.sensors.sampling import AIM, Sampler
 
 STEP_S = 2.0
@@ -106,5 +114,48 @@ def test_ranks_watch_the_same_steps_and_those_of_a_longer_period_some_of_them(po
 
 def test_watching_an_operator_is_measured() -> None:
     """Some microseconds: not nothing, not what a check takes; and nobody watches afterwards."""
-    assert 1e-7 < seconds_an_operator() < 1e-3
+    assert 1e-7 < beside() < 1e-3
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+class Slow(TorchDispatchMode):
+    """An operator takes 100 s, by a clock that moves only where it is told to."""
+
+    def __init__(self, now: list[float]) -> None:
+        super().__init__()
+        self.now = now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.now[0] += 100.0
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_looking_at_operators_is_timed_without_them_and_without_their_checks(
+    monkeypatch: pytest.MonkeyPatch, drawn: bool
+) -> None:
+    now, taken = [0.0], {"_look": 10.0, "_pass_by": 1.0}
+    for module in (inspection, saved):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    calls: Counter[str] = Counter()
+
+    def slowed(name: str) -> Any:
+        inner = getattr(inspection.Inspection, name)
+
+        def work(*args: Any) -> Any:
+            now[0] += taken[name]
+            calls[name] += 1
+            return inner(*args)
+
+        return work
+
+    for name in taken:
+        monkeypatch.setattr(inspection.Inspection, name, slowed(name))
+    model = nn.Linear(4, 4)
+    guard = Guard(model, budget=0.5, fingerprints=False)
+    guard.sampler.share = 1.0 if drawn else 1e-12
+    with Slow(now), guard.step() as step:
+        model(torch.ones(2, 4)).square().sum().backward()
+    assert calls["_look"] > 4 if drawn else calls["_pass_by"] > 4
+    assert step.seconds == 10 * calls["_look"]
+    assert step.looking == calls["_pass_by"]

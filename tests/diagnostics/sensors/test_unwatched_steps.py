@@ -21,7 +21,7 @@ from diagnostics.sensors.watch import Eyes
 @pytest.fixture
 def dear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Watching an operator takes a second by the account, whatever it takes here."""
-    monkeypatch.setattr(spending, "seconds_an_operator", lambda: 1.0)
+    monkeypatch.setattr(spending, "watching", lambda looking_s, operators: 1.0 * operators)
 
 
 class Trained:
@@ -135,7 +135,7 @@ def test_of_a_device_a_watched_step_costs_what_it_takes_longer_than_the_others()
     for _ in range(2000):
         watched = sampler.watches
         clocks.append(Device((5.0 if clocks else 1e3) if watched else 1.0))  # the first compiles its kernels
-        account.over(clocks[-1], watched, 1e-3, 100)
+        account.over(clocks[-1], watched, 1e-3, 1e-3, 100)
         if len(clocks) > 1:
             clocks[-2].done = True  # one step behind
             account.settle()
@@ -147,10 +147,10 @@ def test_a_device_that_is_behind_is_not_waited_for() -> None:
     sampler = Sampler(0.01)
     account, first, late = Spending(sampler, None), Device(5.0), Device(5.0)
     first.done = True
-    account.over(first, True, 1e-3, 100)
-    account.over(late, True, 1e-3, 100)
+    account.over(first, True, 1e-3, 1e-3, 100)
+    account.over(late, True, 1e-3, 1e-3, 100)
     for _ in range(10):
-        account.over(Device(1.0), sampler.watches, 1e-3, 100)
+        account.over(Device(1.0), sampler.watches, 1e-3, 1e-3, 100)
     assert sampler.period == 1
     late.done = True
     account.settle()
