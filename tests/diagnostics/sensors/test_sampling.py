@@ -57,7 +57,7 @@ def test_calls_are_drawn_while_watching_leaves_them_half_and_steps_otherwise(
 def test_the_budget_is_kept_with_room() -> None:
     """Aimed at itself, half of all means over a few steps would lie above it."""
     spent = settled(Sampler(0.01), 1.0)
-    assert spent == pytest.approx(0.7 * 0.01 * STEP_S, rel=0.01)
+    assert spent == pytest.approx(0.6 * 0.01 * STEP_S, rel=0.01)
 
 
 def test_watching_that_is_not_counted_exceeds_the_budget() -> None:
@@ -80,7 +80,7 @@ def test_clocks_that_leave_a_step_nothing_do_not_end_the_checks() -> None:
     """Watching that is reckoned to take longer than the step did."""
     sampler = Sampler(0.01)
     sampler.spent(0.5, 1.0, 0.8)
-    assert 1 < sampler.period <= 2**14
+    assert 1 < sampler.period <= 2**15
 
 
 def test_draws_are_the_keys_and_as_many_as_the_share_says() -> None:
