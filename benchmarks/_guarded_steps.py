@@ -68,8 +68,8 @@ _LOOKS = 3  # steps
 class Cost(NamedTuple):
     """Of one way, by round. A guarded way has all four, others the ratios only.
 
-    Where a budget has one step in several watched, a round takes one that is and one that is not, and reckons the mean
-    over the period from them.
+    Where a budget has one step in several watched, a round takes one that is, the one after it, which may be slower for
+    what that left behind, and one more that is not, and reckons the mean over the period from them.
     """
 
     ratios: list[float]  # to the plain steps before and after
@@ -212,8 +212,10 @@ class Bench:
         cost.shares.append(guard.sampler.chance)
         taken = [self._taken(setting, watched=True)]
         if period > 1:
-            taken += [self._taken(setting, watched=False)] * (period - 1)
-            for _ in range(period - 2):  # the others of the period, which are as the one that was taken
+            taken.append(self._taken(setting, watched=False))
+        if period > 2:
+            taken += [self._taken(setting, watched=False)] * (period - 2)
+            for _ in range(period - 3):  # the others of the period, which are as the one that was taken
                 guard.account.step(watched=False)
         seconds, checks, aside = (statistics.fmean(each) for each in zip(*taken, strict=True))
         cost.own.append(checks / (seconds - checks))

@@ -18,7 +18,7 @@ freed is kept for the next step, on both sides. Beside each cost stand, of the s
 "products alone" checks the products of the step and nothing else. A budget's clock is the mean of its rounds, which is
 what it promises, and it has more rounds, a plain step and a guarded one in turn, with the median's 95 % interval; where
 looking at each operator takes too much of it (the figure is there) it has whole steps watched, now and then, and a
-round takes one that is and one that is not. A mark is met only where something is covered.
+round takes one that is and two that are not. A mark is met only where something is covered.
 Meant for a machine that does nothing else: two threads wait for each other at every operator. There all takes some 50
 minutes by the times of its steps (17 s and 9 s at hidden 2048); the last figure says what it took. `--only` takes one
 size in one precision, named as in the figures.
