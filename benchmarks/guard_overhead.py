@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cpu": (  # hidden 2048 takes 15 s a step in fp32, 4.5 s in bf16: of few rounds, all takes minutes
+    "cpu": (  # hidden 2048 takes 17 s a step in fp32, 9 s in bf16: of few rounds, all takes minutes
         Size(256, TOKENS, 5, 12, 10),
         Size(2048, TOKENS, 5, 6, 75, dtypes=(torch.bfloat16,)),
         Size(2048, TOKENS, 3, 6, 14, dtypes=(torch.float32,)),

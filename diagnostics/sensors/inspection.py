@@ -111,17 +111,15 @@ class Inspection:
             if facts.changes or inside():
                 self._show(plan, func, args, kwargs, out)
             return out
-        begin = time.perf_counter()
+        begin, ran = time.perf_counter(), self._ran
         before = self.account.tried(plan.name, lambda: self._before(plan, func, args, kwargs), failed=_FAILED)
-        ran = time.perf_counter()
         out = self._call(func, args, kwargs)
-        looked = time.perf_counter()
         if plan.writes:
             self.tried(plan.name, lambda: self.bench.forget(written_by(func, args, kwargs)))
         if before is not _FAILED:
             self.tried(plan.name, lambda: self._look(plan, Call(func, args, kwargs, out, before)))
         self._ask(plan, func, args, kwargs, out)
-        self._seconds += time.perf_counter() - looked + ran - begin
+        self._seconds += time.perf_counter() - begin - (self._ran - ran)
         if facts.changes or inside():
             self._show(plan, func, args, kwargs, out)
         return out

@@ -56,9 +56,9 @@ def beside() -> float:
         inspection = _idle(places)
         with ExitStack() as modes:
             places.begin(modes)
-            watching = modes.enter_context(Eyes(inspection))
-            modes.enter_context(Keeper(watching)).follow(modes)
-            modes.enter_context(standing(Saved(inspection, watching.formulas)))
+            eyes = modes.enter_context(Eyes(inspection))
+            modes.enter_context(Keeper(eyes)).follow(modes)
+            modes.enter_context(standing(Saved(inspection, eyes.formulas)))
             watched = min(round_of(inspection) for _ in range(_ROUNDS))
     return max(0.0, watched - plain) / (inspection.operators / _ROUNDS)
 
