@@ -12,15 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks._figures import Figure, document
 from benchmarks._runs import options
-from diagnostics.sensors.multilinear import BLOCK_WORDS, MASK, digest_words
-
-Words = npt.NDArray[np.uint32]
+from diagnostics.sensors.multilinear import BLOCK_WORDS, MASK, Words, digest_words
 
 #: Twice the L3 of the machines measured so far (32 MiB).
 WORDS = 1 << 24

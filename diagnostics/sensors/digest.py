@@ -44,8 +44,8 @@ Stamp = int | torch.Tensor
 #: Words that are widened to 64 bits at a time where no kernel does it: 64 MiB of products.
 _WORDS_AT_ONCE = 2048 * BLOCK_WORDS
 
-#: Bytes that are worth a thread of its own, which takes some 0.1 ms to start: 0.5 ms of hashing.
-_THREAD_BYTES = 1 << 22
+#: Bytes that are worth a thread of its own, which takes some 0.2 ms to start and to join: 0.3 to 0.6 ms of hashing.
+_THREAD_BYTES = 1 << 23
 
 _Part = tuple[npt.NDArray[Any], int]  # with the index of its first word
 
