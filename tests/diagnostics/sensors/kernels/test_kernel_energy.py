@@ -88,8 +88,8 @@ def test_a_wrong_element_alarms_in_its_row_and_a_small_one_does_not(wrong: float
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_row_that_is_not_finite_alarms() -> None:
     left, right = normal(40, 200, seed=1), normal(200, 96, seed=2)
-    left[3, 5] = torch.nan
     c = left @ right
+    left[3, 5], c[3] = torch.nan, torch.nan  # not by the host's product, which may spread a NaN over other rows
     assert not float(readings(c, left, right)[3]) <= 1
     c[7, 11] = torch.nan
     found = readings(c, left, right).tolist()
