@@ -50,17 +50,15 @@ class Setting:
     products: bool = False
 
 
+#: Of which every operator is watched too with none checked, to see what that takes.
+SAMPLE = Setting("a budget of 0.8 %", budget=SAMPLED, target=SAMPLED)
 SETTINGS = (
     Setting("everything", target=FULL),
     Setting("as a job", AGAIN),
     Setting("identities only", 0.0),
     Setting("products alone", 0.0, products=True),
-    Setting("a budget of 0.8 %", budget=SAMPLED, target=SAMPLED),
+    SAMPLE,
 )
-
-
-#: Of which every operator is watched, to see what that takes.
-WATCHED = SETTINGS[-1]
 NOTHING = 1e-12  # as a share of the calls
 _LOOKS = 3  # steps
 
@@ -274,11 +272,11 @@ class Bench:
 
     def watching(self) -> float:
         """What looking at a step's operators takes when none is checked: a share of the plain step's time."""
-        guard = self.guards[WATCHED.name]
+        guard = self.guards[SAMPLE.name]
         account, guard.account = guard.account, Coverage()
         try:
             with _drawing(guard.sampler, NOTHING):
-                checks = [self._taken(WATCHED, watched=True)[1] for _ in range(_LOOKS)]
+                checks = [self._taken(SAMPLE, watched=True)[1] for _ in range(_LOOKS)]
         finally:
             guard.account = account
         return statistics.median(checks) / statistics.median(self.plain)
