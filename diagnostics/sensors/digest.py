@@ -21,6 +21,7 @@ from diagnostics.sensors.multilinear import (
     Unsigned,
     block_multipliers,
     chain,
+    check_start,
     digest_bytes,
     hexdigest,
     weight_table,
@@ -62,7 +63,7 @@ def digest(t: torch.Tensor, start: int = 0) -> int:
     digest(whole) == (digest(first) + digest(rest, s)) mod 2^64. A tensor whose bytes are not a multiple of 4 is
     padded with zeros; shape and dtype are not hashed (a manifest holds them). See `multilinear` for the formula.
     What is large is shared between as many threads as torch has; what has gaps is copied piece by piece, in the caches.
-    Raises ValueError for a negative start.
+    Raises ValueError for a start that `check_start` refuses.
     """
     if t.device.type != "cpu":
         return int(digest_on_device(t, start).item()) & MASK
@@ -124,8 +125,7 @@ def digest_on_device(t: torch.Tensor, start: int = 0) -> torch.Tensor:
 
     So two tensors, or one at two times, are compared without the host: `digest_on_device(a) == digest_on_device(b)`.
     """
-    if start < 0:
-        raise ValueError(f"start is {start}, must be a word index >= 0")
+    check_start(start, words_of(t))
     flat = _flat(t)
     if not flat.numel():
         return torch.zeros((), dtype=torch.int64, device=t.device)

@@ -85,13 +85,18 @@ def _frozen(array: Unsigned) -> Unsigned:
     return array
 
 
-def digest_words(words: Words, start: int = 0) -> int:
-    """Digest of contiguous uint32 words [n], aligned or not, whose first has the global index `start`, below 2^63.
+def check_start(start: int, words: int) -> None:
+    """Raises ValueError where so many words from this global index on have no indices from 0 to 2^63 - 1."""
+    if not 0 <= start <= (1 << 63) - words:
+        raise ValueError(f"start is {start}, must be the index of the first of {words} words within 0 to 2^63 - 1")
 
-    0 <= result < 2^64. Other threads run beside it. Raises ValueError for a negative start.
+
+def digest_words(words: Words, start: int = 0) -> int:
+    """Digest of contiguous uint32 words [n], aligned or not, whose first has the global index `start`.
+
+    0 <= result < 2^64. Other threads run beside it. Raises ValueError for a start that `check_start` refuses.
     """
-    if start < 0:
-        raise ValueError(f"start is {start}, must be a word index >= 0")
+    check_start(start, len(words))
     return int(_weighted_sum(words, start, weight_table()))
 
 

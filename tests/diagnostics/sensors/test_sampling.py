@@ -18,7 +18,7 @@ from diagnostics.sensors.guard import Guard
 from diagnostics.sensors.outlay import beside
 from diagnostics.sensors.sampling import AIM, Sampler
 
-STEP_S = 2.0
+STEP_S = 1.9  # so that nothing that is drawn is half of it
 
 
 def settled(sampler: Sampler, every_s: float, watching_s: float = 0.0, told: bool = True, whole: bool = False) -> float:
@@ -57,12 +57,12 @@ def test_calls_are_drawn_while_watching_leaves_them_half_and_steps_otherwise(
 def test_the_budget_is_kept_with_room() -> None:
     """Aimed at itself, half of all means over a few steps would lie above it."""
     spent = settled(Sampler(0.01), 1.0)
-    assert spent == pytest.approx(0.6 * 0.01 * STEP_S, rel=0.01)
+    assert spent == pytest.approx(0.5 * 0.01 * STEP_S, rel=0.01)
 
 
 def test_watching_that_is_not_counted_exceeds_the_budget() -> None:
     """The control of the above."""
-    assert settled(Sampler(0.05), 1.0, 0.05, told=False) > 1.1 * 0.05 * STEP_S
+    assert settled(Sampler(0.05), 1.0, 0.08, told=False) > 1.1 * 0.05 * STEP_S
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -140,7 +140,7 @@ def test_of_a_device_a_watched_step_costs_what_it_takes_longer_than_the_others()
             clocks[-2].done = True  # one step behind
             account.settle()
     assert sampler.share == 1.0
-    assert sampler.period == 1024  # 4 / (0.6 * 0.01) = 667
+    assert sampler.period == 1024  # 4 / (0.5 * 0.01) = 800
 
 
 def test_a_device_that_is_behind_is_not_waited_for() -> None:
